@@ -1,0 +1,145 @@
+#include "arrays.hpp"
+
+#include <pybind11/gil_safe_call_once.h>
+#include <string.h>
+
+namespace fused_adam {
+namespace {
+
+using py::detail::npy_api;
+using py::detail::PyArray_Proxy;
+using py::detail::PyArrayDescr_Proxy;
+
+const char* dtype_name(DType dtype) { return dtype == kFloat32 ? "float32" : "float64"; }
+
+std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
+
+std::string type_name(py::handle object) {
+  py::handle type = py::type::handle_of(object);
+  const std::string module = text(type.attr("__module__"));
+  const std::string name = text(type.attr("__qualname__"));
+  return module == "builtins" ? name : module + "." + name;
+}
+
+// A subclass of ndarray may mean something else by its elements (masks, units): only memmap, which
+// adds nothing to them, is taken.
+void require_plain_subclass(py::handle object, const Place& place) {
+  static PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> memmap;
+  memmap.call_once_and_store_result(
+      [] { return py::module_::import("numpy").attr("memmap").cast<py::object>(); });
+  if (py::isinstance(object, memmap.get_stored())) return;
+  if (py::hasattr(object, "mask")) {
+    throw py::value_error(place.str() +
+                          " is a masked array, whose mask a step would ignore. Pass " +
+                          "its data, or a.filled(0) made once and trained instead.");
+  }
+  throw py::type_error(place.str() + " is a " + type_name(object) +
+                       ", a subclass of ndarray with rules of its own. Pass np.asarray(a), which " +
+                       "shares its memory.");
+}
+
+[[noreturn]] void refuse_type(py::handle object, const Place& place) {
+  std::string message = place.str() + " is a " + type_name(object) + ", expected a numpy.ndarray. ";
+  if (py::hasattr(object, "detach")) {
+    message += "The array that shares a CPU tensor's memory is tensor.detach().numpy().";
+  } else if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object) ||
+             py::isinstance<py::dict>(object)) {
+    message += "Its structure differs from that of params.";
+  } else {
+    message += "Lists, tuples and dicts may hold arrays, nothing else.";
+  }
+  throw py::type_error(message);
+}
+
+DType require_dtype(const PyArray_Proxy* array, const Place& place) {
+  const auto* descr = reinterpret_cast<const PyArrayDescr_Proxy*>(array->descr);
+  const bool is_float32 = descr->type_num == npy_api::NPY_FLOAT_;
+  if (!is_float32 && descr->type_num != npy_api::NPY_DOUBLE_) {
+    throw py::type_error(place.str() + " has dtype " + text(array->descr) +
+                         ", expected float32 or float64. Convert it once, with " +
+                         "a.astype(np.float32), and use the result.");
+  }
+  // NumPy writes '=' for native order; '<' and '>' remain only for the other one.
+  if (descr->byteorder != '=') {
+    throw py::value_error(place.str() + " has byte-swapped elements (dtype " + text(array->descr) +
+                          "). Convert it once, with a.astype(a.dtype.newbyteorder('=')).");
+  }
+  return is_float32 ? kFloat32 : kFloat64;
+}
+
+}  // namespace
+
+ArrayFacts array_facts(py::handle object, const Place& place) {
+  const npy_api& numpy = npy_api::get();
+  if (Py_TYPE(object.ptr()) != numpy.PyArray_Type_) {
+    if (!numpy.PyArray_Check_(object.ptr())) refuse_type(object, place);
+    require_plain_subclass(object, place);
+  }
+  const PyArray_Proxy* array = py::detail::array_proxy(object.ptr());
+  ArrayFacts facts;
+  facts.dtype = require_dtype(array, place);
+  facts.data = array->data;
+  facts.nd = array->nd;
+  facts.shape = array->dimensions;
+  facts.size = 1;
+  for (int i = 0; i < facts.nd; ++i) facts.size *= facts.shape[i];
+  facts.c_contiguous = (array->flags & npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0;
+  facts.f_contiguous = (array->flags & npy_api::NPY_ARRAY_F_CONTIGUOUS_) != 0;
+  if (!facts.c_contiguous && !facts.f_contiguous) {
+    throw py::value_error(
+        place.str() + " is a strided view (shape " + shape_text(facts) + ", strides " +
+        text(object.attr("strides")) +
+        "), expected one block of memory. Use np.ascontiguousarray(a), made once " +
+        "and used in its place.");
+  }
+  if ((array->flags & npy_api::NPY_ARRAY_ALIGNED_) == 0) {
+    throw py::value_error(place.str() +
+                          " is not aligned: its data starts between two elements. Use a "
+                          "copy, a.copy(), in its place.");
+  }
+  return facts;
+}
+
+void require_writeable(py::handle array, const Place& place) {
+  if ((py::detail::array_proxy(array.ptr())->flags & npy_api::NPY_ARRAY_WRITEABLE_) == 0) {
+    throw py::value_error(place.str() +
+                          " is read-only and would have to be updated in place. Pass " +
+                          "None as its grad to leave it out, or a.setflags(write=True).");
+  }
+}
+
+void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& param,
+                  const Place& param_place) {
+  if (array.dtype != param.dtype) {
+    throw py::type_error(place.str() + " has dtype " + dtype_name(array.dtype) + ", but " +
+                         param_place.str() + " has " + dtype_name(param.dtype) +
+                         ". Both must be the same.");
+  }
+  const size_t shape_bytes = static_cast<size_t>(param.nd) * sizeof(py::ssize_t);
+  if (array.nd != param.nd || memcmp(array.shape, param.shape, shape_bytes) != 0) {
+    throw py::value_error(place.str() + " has shape " + shape_text(array) + ", but " +
+                          param_place.str() + " has " + shape_text(param) + ".");
+  }
+  const bool same_layout =
+      (array.c_contiguous && param.c_contiguous) || (array.f_contiguous && param.f_contiguous);
+  if (!same_layout) {
+    throw py::value_error(
+        place.str() + " is in " + (array.c_contiguous ? "C" : "Fortran") + " order, but " +
+        param_place.str() + " is in " + (param.c_contiguous ? "C" : "Fortran") + " order. Use " +
+        (param.c_contiguous ? "np.ascontiguousarray" : "np.asfortranarray") + " on one of them.");
+  }
+}
+
+std::string shape_text(const ArrayFacts& facts) {
+  std::string list;
+  for (int i = 0; i < facts.nd; ++i) {
+    if (i > 0) list += ", ";
+    list += std::to_string(facts.shape[i]);
+  }
+  if (facts.nd == 1) list += ",";
+  return "(" + list + ")";
+}
+
+py::object fresh_view(const py::object& array) { return array.attr("view")(); }
+
+}  // namespace fused_adam

@@ -1,0 +1,57 @@
+// What is taken as an array and what is refused, with the message. Nothing is ever copied or
+// written.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <string_view>
+
+#include "../kernel/kernel.hpp"
+
+namespace fused_adam {
+
+namespace py = pybind11;
+
+// How a message names an array: "grad for params['w'][0]" is {"grad for ", "params", "['w'][0]"}.
+// Kept in pieces, because it is rendered only when something is wrong.
+struct Place {
+  const char* role;
+  std::string_view root;
+  std::string_view path;
+
+  std::string str() const { return std::string(role).append(root).append(path); }
+};
+
+// The facts about an array that a step depends on. Borrowed from the array, valid while it is.
+struct ArrayFacts {
+  void* data;
+  int64_t size;
+  int nd;
+  const py::ssize_t* shape;
+  DType dtype;
+  bool c_contiguous, f_contiguous;
+
+  int64_t bytes() const { return size * (dtype == kFloat32 ? 4 : 8); }
+};
+
+// The facts of an ndarray (or memmap) of native, aligned float32 or float64 elements in C or
+// Fortran order. Anything else: TypeError for a wrong type or dtype, else ValueError.
+ArrayFacts array_facts(py::handle object, const Place& place);
+
+// ValueError where the array cannot be written.
+void require_writeable(py::handle array, const Place& place);
+
+// Is the array as its param is? TypeError for another dtype, ValueError for another shape or
+// layout.
+void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& param,
+                  const Place& param_place);
+
+// "(2, 3)"
+std::string shape_text(const ArrayFacts& facts);
+
+// A new view, so that what a caller does to its flags or shape does not reach the array itself.
+py::object fresh_view(const py::object& array);
+
+}  // namespace fused_adam

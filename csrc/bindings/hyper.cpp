@@ -1,0 +1,100 @@
+#include "hyper.hpp"
+
+#include <cmath>
+
+namespace fused_adam {
+namespace {
+
+std::string place(const std::string& where, py::handle key) {
+  if (where.empty()) return py::str(key).cast<std::string>();
+  return where + "[" + py::repr(key).cast<std::string>() + "]";
+}
+
+[[noreturn]] void refuse(const std::string& where, const char* expected, py::handle found) {
+  throw py::value_error(where + " must be " + expected + ", got " +
+                        py::repr(found).cast<std::string>() + ".");
+}
+
+[[noreturn]] void refuse_type(const std::string& where, const char* expected, py::handle found) {
+  throw py::type_error(where + " must be " + expected + ", got " +
+                       py::repr(found).cast<std::string>() + ", a " +
+                       std::string(Py_TYPE(found.ptr())->tp_name) + ".");
+}
+
+py::object required(const py::dict& group, py::handle key, const std::string& where) {
+  PyObject* value = PyDict_GetItemWithError(group.ptr(), key.ptr());
+  if (value == nullptr) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    throw py::value_error(place(where, key) + " is missing.");
+  }
+  return py::reinterpret_borrow<py::object>(value);
+}
+
+// Any real number: float, int, NumPy scalars and 0-d arrays. A bool is a slip, a str is no number.
+double number(py::handle value, const std::string& where, py::handle key) {
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  const bool is_bool = PyBool_Check(value.ptr());
+  const double x = is_bool ? -1.0 : PyFloat_AsDouble(value.ptr());
+  if (is_bool || (x == -1.0 && PyErr_Occurred())) {
+    PyErr_Clear();
+    refuse_type(place(where, key), "a number", value);
+  }
+  return x;
+}
+
+bool flag(py::handle value, const std::string& where, py::handle key) {
+  if (value.ptr() == Py_True) return true;
+  if (value.ptr() == Py_False) return false;
+  refuse_type(place(where, key), "True or False", value);
+}
+
+double finite_not_negative(py::handle value, const std::string& where, py::handle key) {
+  const double x = number(value, where, key);
+  if (!(x >= 0.0) || std::isinf(x)) refuse(place(where, key), "finite and >= 0", value);
+  return x;
+}
+
+double beta(py::handle betas, py::ssize_t i, const std::string& where, py::handle key) {
+  const py::object value = py::reinterpret_steal<py::object>(PySequence_GetItem(betas.ptr(), i));
+  if (!value) throw py::error_already_set();
+  const double x = number(value, where, key);
+  if (!(x >= 0.0 && x < 1.0)) {
+    refuse(place(where, key) + "[" + std::to_string(i) + "]", ">= 0 and < 1", value);
+  }
+  return x;
+}
+
+py::str interned(const char* name) {
+  return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
+}
+
+}  // namespace
+
+GroupReader::GroupReader()
+    : lr_(interned("lr")),
+      betas_(interned("betas")),
+      eps_(interned("eps")),
+      weight_decay_(interned("weight_decay")),
+      amsgrad_(interned("amsgrad")),
+      maximize_(interned("maximize")),
+      decoupled_weight_decay_(interned("decoupled_weight_decay")) {}
+
+HyperParameters GroupReader::read(const py::dict& group, const std::string& where) const {
+  const auto get = [&](py::handle key) { return required(group, key, where); };
+  HyperParameters hyper;
+  hyper.lr = finite_not_negative(get(lr_), where, lr_);
+  const py::object betas = get(betas_);
+  const bool is_pair = (PyTuple_Check(betas.ptr()) || PyList_Check(betas.ptr()));
+  if (!is_pair) refuse_type(place(where, betas_), "a pair of numbers", betas);
+  if (Py_SIZE(betas.ptr()) != 2) refuse(place(where, betas_), "a pair of numbers", betas);
+  hyper.beta1 = beta(betas, 0, where, betas_);
+  hyper.beta2 = beta(betas, 1, where, betas_);
+  hyper.eps = finite_not_negative(get(eps_), where, eps_);
+  hyper.weight_decay = finite_not_negative(get(weight_decay_), where, weight_decay_);
+  hyper.amsgrad = flag(get(amsgrad_), where, amsgrad_);
+  hyper.maximize = flag(get(maximize_), where, maximize_);
+  hyper.decoupled_weight_decay = flag(get(decoupled_weight_decay_), where, decoupled_weight_decay_);
+  return hyper;
+}
+
+}  // namespace fused_adam

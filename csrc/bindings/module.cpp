@@ -1,0 +1,74 @@
+// fused_adam._core: the table of contents of what Python sees. _core.pyi says the same with types.
+#include <pybind11/stl.h>
+
+#include "../cpu_limit.hpp"
+#include "../dispatch.hpp"
+#include "../parallel.hpp"
+#include "functional.hpp"
+#include "optimizer.hpp"
+#include "structure.hpp"
+
+namespace fused_adam {
+namespace {
+
+std::vector<std::string> isa_names(bool only_supported) {
+  std::vector<std::string> names;
+  for (const Isa& isa : compiled_isas()) {
+    if (!only_supported || isa.supported()) names.push_back(isa.name);
+  }
+  return names;
+}
+
+void bind(py::module_& m) {
+  m.attr("__version__") = FUSED_ADAM_VERSION;
+  m.attr("compiler") = FUSED_ADAM_COMPILER;
+  m.def("compiled_isas", [] { return isa_names(false); });
+  m.def("supported_isas", [] { return isa_names(true); });
+  m.def(
+      "isa_by_name", [](const std::string& name) { return std::string(isa_by_name(name).name); },
+      py::arg("name"));
+  m.def("openmp_version", &openmp_version);
+  m.def("max_threads", &max_threads_here);
+  m.def("usable_cpus", &usable_cpus);
+
+  m.def(
+      "check_options",
+      [](const py::dict& options, const std::string& where) { GroupReader().read(options, where); },
+      py::arg("options"), py::arg("where"));
+  m.def("adam_step", &adam_step, py::arg("isa"), py::arg("max_threads"), py::arg("options"),
+        py::arg("step"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
+        py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"));
+
+  py::class_<Structure>(m, "Structure")
+      .def(py::init<const py::object&>(), py::arg("params"))
+      .def("__len__", &Structure::size)
+      .def("unflatten",
+           py::overload_cast<const std::vector<py::object>&>(&Structure::unflatten, py::const_),
+           py::arg("leaves"))
+      .def_property_readonly("leaves", &Structure::leaves)
+      .def_property_readonly("names", &Structure::names)
+      .def_property_readonly("named", &Structure::named);
+
+  py::class_<Optimizer>(m, "Optimizer")
+      .def(py::init<const std::string&, int, py::object>(), py::arg("isa"), py::arg("max_threads"),
+           py::arg("allocate"))
+      .def("__len__", &Optimizer::size)
+      .def("add_group", &Optimizer::add_group, py::arg("structure"), py::arg("root"),
+           py::arg("amsgrad"))
+      .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"), py::arg("grouped"))
+      .def("zero", &Optimizer::zero, py::arg("grads"), py::arg("grouped"))
+      .def("structure", &Optimizer::structure, py::arg("group"), py::return_value_policy::copy)
+      .def("state", &Optimizer::state, py::arg("index"))
+      .def("set_step", &Optimizer::set_step, py::arg("index"), py::arg("step"))
+      .def("ensure_max_exp_avg_sq", &Optimizer::ensure_max_exp_avg_sq, py::arg("index"))
+      .def("__enter__", &Optimizer::enter)
+      .def("__exit__", [](Optimizer& self, const py::args&) { self.exit(); });
+}
+
+}  // namespace
+}  // namespace fused_adam
+
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+  fused_adam::watch_forks();
+  fused_adam::bind(m);
+}

@@ -1,0 +1,292 @@
+#include "optimizer.hpp"
+
+#include <string.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace fused_adam {
+namespace {
+
+// Owners in WrittenMemory: the param of a slot, or its state.
+int64_t param_owner(size_t slot) { return static_cast<int64_t>(2 * slot); }
+int64_t state_owner(size_t slot) { return static_cast<int64_t>(2 * slot + 1); }
+
+void* data_of(const py::object& array) { return py::detail::array_proxy(array.ptr())->data; }
+
+}  // namespace
+
+// Holds busy_ while it lives. Two steps at once on one optimizer would race; the second is refused.
+class Optimizer::Exclusive {
+ public:
+  explicit Exclusive(Optimizer& optimizer) : optimizer_(optimizer) { optimizer_.enter(); }
+  ~Exclusive() { optimizer_.exit(); }
+  Exclusive(const Exclusive&) = delete;
+  Exclusive& operator=(const Exclusive&) = delete;
+
+ private:
+  Optimizer& optimizer_;
+};
+
+// Exclusive use, and no reference to a gradient is kept afterwards, however the step ends.
+class Optimizer::StepScope {
+ public:
+  explicit StepScope(Optimizer& optimizer) : exclusive_(optimizer), optimizer_(optimizer) {}
+  ~StepScope() {
+    optimizer_.grads_.clear();
+    optimizer_.plan_.clear();
+  }
+  StepScope(const StepScope&) = delete;
+  StepScope& operator=(const StepScope&) = delete;
+
+ private:
+  Exclusive exclusive_;
+  Optimizer& optimizer_;
+};
+
+Optimizer::Optimizer(const std::string& isa, int max_threads, py::object allocate)
+    : kernels_(*isa_by_name(isa).kernels),
+      max_threads_(max_threads),
+      allocate_(std::move(allocate)),
+      params_key_("params") {}
+
+void Optimizer::enter() {
+  if (busy_.exchange(true, std::memory_order_acquire)) {
+    throw std::runtime_error(
+        "this optimizer is in use by another thread; give each thread an optimizer of its own, or "
+        "guard this one with a lock.");
+  }
+}
+
+Place Optimizer::place(const char* role, const Slot& slot) const {
+  const Group& group = groups_[slot.group];
+  return {role, group.root, group.structure.paths()[slot.leaf]};
+}
+
+std::string Optimizer::owner_text(int64_t owner) const {
+  const bool is_state = owner % 2 != 0;
+  return place(is_state ? "the state of " : "", slots_[static_cast<size_t>(owner / 2)]).str();
+}
+
+py::tuple Optimizer::add_group(Structure structure, const std::string& root, bool amsgrad) {
+  const Exclusive exclusive(*this);
+  const size_t count = structure.size(), first = slots_.size(), index = groups_.size();
+  if (count == 0) throw py::value_error(root + " has no arrays to train.");
+  py::tuple params(count);
+  for (size_t i = 0; i < count; ++i) params[i] = structure.leaves()[i];
+
+  groups_.push_back({std::move(structure), params, root,
+                     "param_groups[" + std::to_string(index) + "]", first, count});
+  try {
+    for (size_t i = 0; i < count; ++i) {
+      Slot slot = {};
+      slot.param = params[i];
+      slot.group = index;
+      slot.leaf = i;
+      const Place name = place("", slot);
+      array_facts(slot.param, name);
+      require_writeable(slot.param, name);
+      slots_.push_back(std::move(slot));
+    }
+    index_memory();  // refuses params that overlap, before memory is spent on their state
+    const auto arrays = allocate(first, count, amsgrad ? 3 : 2);
+    for (size_t i = 0; i < count; ++i) {
+      Slot& slot = slots_[first + i];
+      slot.exp_avg = arrays[i][0];
+      slot.exp_avg_sq = arrays[i][1];
+      slot.state = array_facts(slot.exp_avg, place("the state of ", slot));
+      slot.streams.exp_avg = data_of(slot.exp_avg);
+      slot.streams.exp_avg_sq = data_of(slot.exp_avg_sq);
+      if (amsgrad) set_max_exp_avg_sq(slot, arrays[i][2]);
+    }
+    index_memory();
+  } catch (...) {
+    slots_.resize(first);
+    groups_.pop_back();
+    memory_is_indexed_ = false;
+    throw;
+  }
+  return params;
+}
+
+std::vector<std::vector<py::object>> Optimizer::allocate(size_t first, size_t count,
+                                                         int streams) const {
+  py::list params;
+  for (size_t i = first; i < first + count; ++i) params.append(slots_[i].param);
+  const py::list made = allocate_(params, streams);
+  std::vector<std::vector<py::object>> arrays(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Slot& slot = slots_[first + i];
+    const Place name = place("the state of ", slot);
+    for (py::handle array : made[i]) {
+      require_like(array_facts(array, name), name, array_facts(slot.param, place("", slot)),
+                   place("", slot));
+      require_writeable(array, name);
+      arrays[i].push_back(py::reinterpret_borrow<py::object>(array));
+    }
+  }
+  return arrays;
+}
+
+void Optimizer::ensure_max_exp_avg_sq(size_t index) {
+  Slot& slot = slots_.at(index);
+  if (slot.max_exp_avg_sq) return;
+  set_max_exp_avg_sq(slot, allocate(index, 1, 1)[0][0]);
+}
+
+void Optimizer::set_max_exp_avg_sq(Slot& slot, const py::object& array) {
+  slot.max_exp_avg_sq = array;
+  slot.streams.max_exp_avg_sq = data_of(array);
+  memory_is_indexed_ = false;
+}
+
+void Optimizer::index_memory() {
+  memory_is_indexed_ = false;
+  memory_.clear();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    const ArrayFacts param = array_facts(slot.param, place("", slot));
+    memory_.add(param.data, param.bytes(), param_owner(i));
+    slot.indexed_data = param.data;
+    for (void* moment :
+         {slot.streams.exp_avg, slot.streams.exp_avg_sq, slot.streams.max_exp_avg_sq}) {
+      if (moment != nullptr) memory_.add(moment, slot.state.bytes(), state_owner(i));
+    }
+  }
+  const auto [a, b] = memory_.index();
+  if (a == WrittenMemory::kNone) {
+    memory_is_indexed_ = true;
+    return;
+  }
+  const auto param_of = [&](int64_t owner) { return slots_[static_cast<size_t>(owner / 2)].param; };
+  const bool same = a % 2 == 0 && b % 2 == 0 && param_of(a).is(param_of(b));
+  throw py::value_error(owner_text(b) + (same ? " is the same array as " : " shares memory with ") +
+                        owner_text(a) + ". Every array that is updated needs memory of its own.");
+}
+
+ArrayFacts Optimizer::checked_param(Slot& slot) {
+  const Place name = place("", slot);
+  const ArrayFacts param = array_facts(slot.param, name);
+  require_like(param, name, slot.state, place("the state of ", slot));
+  require_writeable(slot.param, name);
+  if (!memory_is_indexed_ || param.data != slot.indexed_data) index_memory();
+  return param;
+}
+
+ArrayFacts Optimizer::checked_grad(Slot& slot, py::handle array) {
+  const Place name = place("grad for ", slot);
+  const ArrayFacts grad = array_facts(array, name);
+  require_like(grad, name, slot.state, place("", slot));
+  int64_t owner = memory_.owner_of_overlap(grad.data, grad.bytes(), slot.grad_hint);
+  if (owner != WrittenMemory::kNone) {
+    // A param that is left out of this step may have moved since, and its old memory be this grad.
+    index_memory();
+    owner = memory_.owner_of_overlap(grad.data, grad.bytes(), slot.grad_hint);
+  }
+  if (owner != WrittenMemory::kNone) {
+    throw py::value_error(name.str() + " shares memory with " + owner_text(owner) +
+                          ", which a step writes. Pass a copy.");
+  }
+  return grad;
+}
+
+void Optimizer::flatten_grads(py::handle grads, bool grouped) {
+  grads_.clear();
+  if (!grouped) {
+    groups_[0].structure.flatten(grads, "grads", grads_);
+    return;
+  }
+  if (!PyList_Check(grads.ptr()) && !PyTuple_Check(grads.ptr())) {
+    throw py::value_error("grads: expected a list with an entry for each of the " +
+                          std::to_string(groups_.size()) + " param groups, got a " +
+                          Py_TYPE(grads.ptr())->tp_name + ".");
+  }
+  const py::list list = py::reinterpret_borrow<py::object>(grads);
+  if (list.size() != groups_.size()) {
+    throw py::value_error("grads: expected an entry for each of the " +
+                          std::to_string(groups_.size()) + " param groups, got " +
+                          std::to_string(list.size()) + ".");
+  }
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    groups_[i].structure.flatten(list[i], "grads[" + std::to_string(i) + "]", grads_);
+  }
+}
+
+HyperParameters Optimizer::read_group(const Group& group, const py::list& param_groups) const {
+  const size_t index = static_cast<size_t>(&group - groups_.data());
+  const py::object entry = param_groups[index];
+  if (!PyDict_Check(entry.ptr())) throw py::type_error(group.name + " must be a dict.");
+  const py::dict dict = py::reinterpret_borrow<py::dict>(entry);
+  if (PyDict_GetItem(dict.ptr(), params_key_.ptr()) != group.params.ptr()) {
+    throw py::value_error(group.name +
+                          "['params'] was replaced; the arrays of a group are fixed. " +
+                          "Use add_param_group, or make a new optimizer.");
+  }
+  return reader_.read(dict, group.name);
+}
+
+void Optimizer::plan_group(const Group& group, const HyperParameters& hyper) {
+  const Form form = {!hyper.decoupled_weight_decay && hyper.weight_decay != 0.0, hyper.amsgrad};
+  if (hyper.amsgrad) {
+    // Switched on between two steps: the maximum counts from now.
+    for (size_t i = group.first; i < group.first + group.count; ++i) ensure_max_exp_avg_sq(i);
+  }
+  int64_t step = -1;  // of the coefficients that were added last; most params share one
+  size_t coefficients_index = 0;
+  for (size_t i = group.first; i < group.first + group.count; ++i) {
+    Slot& slot = slots_[i];
+    if (grads_[i].is_none()) continue;
+    Streams streams = slot.streams;
+    const ArrayFacts param = checked_param(slot);
+    streams.param = param.data;
+    streams.grad = checked_grad(slot, grads_[i]).data;
+    if (slot.step + 1 != step) {
+      step = slot.step + 1;
+      coefficients_index = plan_.add_coefficients(coefficients(hyper, step));
+    }
+    plan_.add_array(streams, param.size, param.dtype, form, coefficients_index);
+  }
+}
+
+void Optimizer::step(py::handle grads, const py::list& param_groups, bool grouped) {
+  const StepScope scope(*this);
+  if (param_groups.size() != groups_.size()) {
+    throw py::value_error("param_groups has " + std::to_string(param_groups.size()) +
+                          " groups, but the optimizer was given " + std::to_string(groups_.size()) +
+                          ". Use add_param_group to add one.");
+  }
+  flatten_grads(grads, grouped);
+  for (const Group& group : groups_) plan_group(group, read_group(group, param_groups));
+  // Everything is checked: from here on nothing can fail.
+  {
+    const py::gil_scoped_release no_gil;
+    plan_.run(kernels_, max_threads_);
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) slots_[i].step += grads_[i].is_none() ? 0 : 1;
+}
+
+void Optimizer::zero(py::handle grads, bool grouped) {
+  const StepScope scope(*this);
+  flatten_grads(grads, grouped);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (grads_[i].is_none()) continue;
+    checked_grad(slots_[i], grads_[i]);
+    require_writeable(grads_[i], place("grad for ", slots_[i]));
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (grads_[i].is_none()) continue;
+    memset(data_of(grads_[i]), 0, static_cast<size_t>(slots_[i].state.bytes()));
+  }
+}
+
+py::dict Optimizer::state(size_t index) const {
+  const Slot& slot = slots_.at(index);
+  py::dict state;
+  state["step"] = slot.step;
+  state["exp_avg"] = fresh_view(slot.exp_avg);
+  state["exp_avg_sq"] = fresh_view(slot.exp_avg_sq);
+  if (slot.max_exp_avg_sq) state["max_exp_avg_sq"] = fresh_view(slot.max_exp_avg_sq);
+  return state;
+}
+
+}  // namespace fused_adam

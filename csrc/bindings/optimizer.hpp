@@ -1,0 +1,96 @@
+// What stands behind the Python class Adam: the arrays, their state, and the checks before a step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "../dispatch.hpp"
+#include "../overlap.hpp"
+#include "../step.hpp"
+#include "arrays.hpp"
+#include "hyper.hpp"
+#include "structure.hpp"
+
+namespace fused_adam {
+
+class Optimizer {
+ public:
+  // max_threads 0: as many as the machine allows. allocate(params, streams) returns for every array
+  // of params a list of `streams` new arrays like it, filled with zeros.
+  Optimizer(const std::string& isa, int max_threads, py::object allocate);
+
+  // Takes the arrays of a group and makes their state; returns them as a flat tuple. root is what
+  // messages call them: "params". Nothing has changed where it throws.
+  py::tuple add_group(Structure structure, const std::string& root, bool amsgrad);
+
+  // One step. grads is like params or, if grouped, a sequence with an entry for each group.
+  void step(py::handle grads, const py::list& param_groups, bool grouped);
+
+  // Fills gradients with zeros, after the checks of a step.
+  void zero(py::handle grads, bool grouped);
+
+  size_t size() const { return slots_.size(); }
+  size_t group_count() const { return groups_.size(); }
+  const Structure& structure(size_t group) const { return groups_.at(group).structure; }
+  // {"step": int, "exp_avg": array, ...}, with views of the moments.
+  py::dict state(size_t index) const;
+  void set_step(size_t index, int64_t step) { slots_.at(index).step = step; }
+  // Makes the stream that amsgrad needs, where there is none yet.
+  void ensure_max_exp_avg_sq(size_t index);
+
+  // Exclusive use, as a context manager: RuntimeError where another thread has it.
+  void enter();
+  void exit() { busy_.store(false, std::memory_order_release); }
+
+ private:
+  struct Slot {
+    py::object param;
+    py::object exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one may be null
+    ArrayFacts state;                                // of exp_avg, which nobody else can change
+    Streams streams;                                 // all but param and grad
+    int64_t step;
+    const void* indexed_data;  // of param, when memory_ was made
+    size_t grad_hint;          // for memory_.owner_of_overlap
+    size_t group, leaf;        // where its path stands
+  };
+  struct Group {
+    Structure structure;
+    py::tuple params;
+    std::string root, name;  // "params", "param_groups[0]"
+    size_t first, count;     // its slots
+  };
+  class Exclusive;
+  class StepScope;
+
+  Place place(const char* role, const Slot& slot) const;
+  std::string owner_text(int64_t owner) const;
+  // Has the caller's allocator make this many arrays for each of the slots [first, first + count).
+  std::vector<std::vector<py::object>> allocate(size_t first, size_t count, int streams) const;
+  void set_max_exp_avg_sq(Slot& slot, const py::object& array);
+  // Lists all written memory anew; ValueError where two of its arrays overlap.
+  void index_memory();
+  void flatten_grads(py::handle grads, bool grouped);
+  HyperParameters read_group(const Group& group, const py::list& param_groups) const;
+  void plan_group(const Group& group, const HyperParameters& hyper);
+  ArrayFacts checked_param(Slot& slot);
+  ArrayFacts checked_grad(Slot& slot, py::handle grad);
+
+  const KernelTable& kernels_;
+  const int max_threads_;
+  const py::object allocate_;
+  const GroupReader reader_;
+  const py::str params_key_;
+  std::vector<Slot> slots_;
+  std::vector<Group> groups_;
+  WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
+  bool memory_is_indexed_ = false;
+  // Of the step that runs; kept between steps for their memory only.
+  StepPlan plan_;
+  std::vector<py::object> grads_;
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace fused_adam

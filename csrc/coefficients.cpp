@@ -1,0 +1,81 @@
+#include "coefficients.hpp"
+
+#include <cmath>
+
+#include "float_mode.hpp"
+
+namespace fused_adam {
+namespace {
+
+// An unevaluated sum, |low| <= ulp(high) / 2: about 106 bits.
+struct DoubleDouble {
+  double high, low;
+};
+
+DoubleDouble split(double x) {
+  const double scaled = 134217729.0 * x;  // 2**27 + 1: two halves of 26 bits
+  const double high = scaled - (scaled - x);
+  return {high, x - high};
+}
+
+DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
+  const double product = a.high * b.high;
+  const DoubleDouble x = split(a.high), y = split(b.high);
+  double error = ((x.high * y.high - product) + x.high * y.low + x.low * y.high) + x.low * y.low;
+  error += a.high * b.low + a.low * b.high;
+  const double high = product + error;
+  return {high, error - (high - product)};
+}
+
+template <class T>
+StepCoefficients<T> narrow(const Coefficients<double>& k) {
+  StepCoefficients<T> out;
+  out.k.grad_sign = static_cast<T>(k.grad_sign);
+  out.k.l2_decay = static_cast<T>(k.l2_decay);
+  out.k.param_decay = static_cast<T>(k.param_decay);
+  out.k.lerp_weight = static_cast<T>(k.lerp_weight);
+  out.k.one_minus_beta2 = static_cast<T>(k.one_minus_beta2);
+  out.k.beta2 = static_cast<T>(k.beta2);
+  out.k.sqrt_correction2 = static_cast<T>(k.sqrt_correction2);
+  out.k.eps = static_cast<T>(k.eps);
+  out.k.neg_step_size = static_cast<T>(k.neg_step_size);
+  // PyTorch's lerp decides by the narrowed weight; subtracting 1 from it is exact here.
+  out.lerp_from_grad = out.k.lerp_weight >= T(0.5);
+  if (out.lerp_from_grad) out.k.lerp_weight -= T(1);
+  return out;
+}
+
+}  // namespace
+
+// The C library's pow depends on the library and on the CPU: glibc's differs between its FMA and
+// its plain variant in 67 of beta**1 ... beta**100000 for beta = 0.999. Squaring in double-double
+// is correctly rounded but for about one case in 2**30, so 1 - power(beta, t) is also what PyTorch
+// gets from glibc: equal for all t <= 100000 at beta = 0.9 and 0.999, all but 2 at 0.9995, 117 at
+// 0.999999.
+double power(double base, int64_t exponent) {
+  DoubleDouble result = {1.0, 0.0};
+  DoubleDouble square = {base, 0.0};
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) result = result * square;
+    square = square * square;
+  }
+  return result.high;
+}
+
+CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
+  const DefaultFloatMode mode;
+  const bool decoupled = hyper.decoupled_weight_decay;
+  Coefficients<double> k;
+  k.grad_sign = hyper.maximize ? -1.0 : 1.0;
+  k.l2_decay = decoupled ? 0.0 : hyper.weight_decay;
+  k.param_decay = decoupled ? 1.0 - hyper.lr * hyper.weight_decay : 1.0;
+  k.lerp_weight = 1.0 - hyper.beta1;
+  k.one_minus_beta2 = 1.0 - hyper.beta2;
+  k.beta2 = hyper.beta2;
+  k.sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, step));
+  k.eps = hyper.eps;
+  k.neg_step_size = -hyper.lr / (1.0 - power(hyper.beta1, step));
+  return {narrow<float>(k), narrow<double>(k)};
+}
+
+}  // namespace fused_adam

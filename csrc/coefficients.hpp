@@ -1,0 +1,53 @@
+// Hyper-parameters and a step count become the few numbers that a kernel needs.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_adam {
+
+// The options of one parameter group. Names and meaning are PyTorch's.
+struct HyperParameters {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  bool amsgrad;
+  bool maximize;
+  bool decoupled_weight_decay;
+};
+
+// What adam_rule.hpp calls k. T is a float, a double, or a vector of either.
+template <class T>
+struct Coefficients {
+  T grad_sign;         // -1 to maximize, else 1
+  T l2_decay;          // weight_decay of the L2 form
+  T param_decay;       // 1 - lr * weight_decay of the decoupled form, else 1 (an exact no-op)
+  T lerp_weight;       // of grad - exp_avg: 1 - beta1, or -beta1 when lerp_from_grad
+  T one_minus_beta2;   //
+  T beta2;             //
+  T sqrt_correction2;  // sqrt(1 - beta2**step)
+  T eps;               //
+  T neg_step_size;     // -lr / (1 - beta1**step)
+};
+
+template <class T>
+struct StepCoefficients {
+  Coefficients<T> k;
+  bool lerp_from_grad;  // 1 - beta1 >= 0.5: the average is nearer to grad than to exp_avg
+};
+
+// The coefficients of one group at one step, for arrays of either dtype.
+struct CoefficientSet {
+  StepCoefficients<float> f32;
+  StepCoefficients<double> f64;
+};
+
+// Computed in double and narrowed once, whatever the rounding mode of the caller. step counts
+// from 1.
+CoefficientSet coefficients(const HyperParameters& hyper, int64_t step);
+
+// base**exponent for 0 <= base < 1, in plain IEEE arithmetic: the same bits with every C library.
+double power(double base, int64_t exponent);
+
+}  // namespace fused_adam

@@ -1,0 +1,92 @@
+#include "cpu_limit.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <string>
+#include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace fused_adam {
+namespace {
+
+constexpr int kNoLimit = std::numeric_limits<int>::max();
+
+int cpus_of(double quota, double period) {
+  if (!(quota > 0) || !(period > 0)) return kNoLimit;
+  return std::max(1, static_cast<int>(std::ceil(std::min(quota / period, 1e6))));
+}
+
+// cgroup v2: "max 100000" or "150000 100000", in the directory of the group and of all its parents.
+int quota_v2(std::string group) {
+  int limit = kNoLimit;
+  while (true) {
+    std::ifstream file("/sys/fs/cgroup" + group + "/cpu.max");
+    double quota = 0, period = 0;
+    if (file >> quota >> period) limit = std::min(limit, cpus_of(quota, period));
+    if (group.empty()) return limit;
+    group.erase(group.rfind('/'));
+  }
+}
+
+// cgroup v1: two files, the quota -1 where there is none.
+int quota_v1(const std::string& group) {
+  int limit = kNoLimit;
+  for (const std::string& place : {group, std::string()}) {
+    const std::string folder = "/sys/fs/cgroup/cpu" + place;
+    std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
+    std::ifstream period_file(folder + "/cpu.cfs_period_us");
+    double quota = 0, period = 0;
+    if (quota_file >> quota && period_file >> period) {
+      limit = std::min(limit, cpus_of(quota, period));
+    }
+  }
+  return limit;
+}
+
+int cgroup_quota() {
+  int limit = std::min(quota_v2(""), quota_v1(""));
+  // Lines like "0::/user.slice" (v2) and "4:cpu,cpuacct:/docker/..." (v1).
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(':');
+    const size_t second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const std::string group = line.substr(second + 1);
+    if (group.empty() || group[0] != '/' || group == "/") continue;
+    if (controllers == ",,") limit = std::min(limit, quota_v2(group));
+    if (controllers.find(",cpu,") != std::string::npos) limit = std::min(limit, quota_v1(group));
+  }
+  return limit;
+}
+
+int quota_or_no_limit() noexcept {
+  try {
+    return cgroup_quota();
+  } catch (...) {
+    return kNoLimit;  // an unreadable quota is no quota
+  }
+}
+
+int cpus_by_affinity() noexcept {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+  // The mask of a machine with more CPUs than cpu_set_t holds (1024) does not fit.
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+}  // namespace
+
+int usable_cpus() noexcept {
+  static const int quota = quota_or_no_limit();
+  return std::max(1, std::min(cpus_by_affinity(), quota));
+}
+
+}  // namespace fused_adam

@@ -1,0 +1,67 @@
+// F32x8 and F64x4: the operations of scalar.hpp on 256-bit registers (AVX2 and FMA).
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace fused_adam {
+namespace {
+
+// load_n and store_n touch only the first n elements: masked lanes cannot fault, so a tail may end
+// at the last byte of a page. The window of n set lanes is read from the middle of these tables.
+alignas(64) const int32_t kLanes32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(64) const int64_t kLanes64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+
+struct F32x8 {
+  using Scalar = float;
+  static constexpr int width = 8;
+  __m256 v;
+
+  static __m256i first(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes32 + 8 - n));
+  }
+  static F32x8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static F32x8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static F32x8 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+};
+
+inline void store(float* p, F32x8 a) { _mm256_storeu_ps(p, a.v); }
+inline void store_n(float* p, F32x8 a, int n) { _mm256_maskstore_ps(p, F32x8::first(n), a.v); }
+inline F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32x8 add(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32x8 sub(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x8 sqrt(F32x8 a) { return {_mm256_sqrt_ps(a.v)}; }
+// MAXPS is a > b ? a : b, which loses a NaN in a.
+inline F32x8 max_or_nan(F32x8 a, F32x8 b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+
+struct F64x4 {
+  using Scalar = double;
+  static constexpr int width = 4;
+  __m256d v;
+
+  static __m256i first(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes64 + 4 - n));
+  }
+  static F64x4 broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  static F64x4 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static F64x4 load_n(const double* p, int n) { return {_mm256_maskload_pd(p, first(n))}; }
+};
+
+inline void store(double* p, F64x4 a) { _mm256_storeu_pd(p, a.v); }
+inline void store_n(double* p, F64x4 a, int n) { _mm256_maskstore_pd(p, F64x4::first(n), a.v); }
+inline F64x4 operator*(F64x4 a, F64x4 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline F64x4 operator/(F64x4 a, F64x4 b) { return {_mm256_div_pd(a.v, b.v)}; }
+inline F64x4 add(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline F64x4 sub(F64x4 a, F64x4 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline F64x4 fma(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline F64x4 sqrt(F64x4 a) { return {_mm256_sqrt_pd(a.v)}; }
+inline F64x4 max_or_nan(F64x4 a, F64x4 b) {
+  return {_mm256_blendv_pd(_mm256_max_pd(a.v, b.v), a.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
+}
+
+}  // namespace
+}  // namespace fused_adam

@@ -1,0 +1,17 @@
+"""Adam and AdamW for NumPy arrays: one fused C++ pass per step, in place, exact.
+
+>>> import numpy as np
+>>> from fused_adam import Adam
+>>> params = {"w": np.ones(3, np.float32)}
+>>> opt = Adam(params, lr=0.1)
+>>> info = opt.step({"w": np.array([1.0, -2.0, 0.0], np.float32)})
+>>> params["w"]
+array([0.9, 1.1, 1. ], dtype=float32)
+"""
+
+from fused_adam._config import show_config
+from fused_adam._core import __version__
+from fused_adam.adam import Adam, AdamW, StepInfo
+from fused_adam.functional import adam_step
+
+__all__ = ["Adam", "AdamW", "StepInfo", "__version__", "adam_step", "show_config"]

@@ -1,0 +1,167 @@
+"""Checkpoints in PyTorch's layout: written, and read with every check before the first change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fused_adam import _core
+from fused_adam._state import Names
+
+# How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
+_TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_MAX_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
+
+Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
+
+
+def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
+    saved_groups = []
+    first = 0
+    for group, group_names in zip(groups, names, strict=True):
+        saved = {**_TORCH_FLAGS, **group, "params": list(range(first, first + len(group["params"])))}
+        if group_names is not None:
+            saved["param_names"] = group_names
+        saved_groups.append(saved)
+        first += len(group["params"])
+    return {"state": dict(enumerate(copy_state(core))), "param_groups": saved_groups}
+
+
+def copy_state(core: _core.Optimizer) -> list[Entry]:
+    """The state of each parameter, as arrays of its own."""
+    live = map(core.state, range(len(core)))
+    return [{name: np.array(value) for name, value in entry.items()} for entry in live]
+
+
+def restore_state(core: _core.Optimizer, entries: list[Entry]) -> None:
+    """Write checked entries into the optimizer; what an entry does not have becomes 0."""
+    for index, entry in enumerate(entries):  # memory first: the only thing that can fail
+        if "max_exp_avg_sq" in entry:
+            core.ensure_max_exp_avg_sq(index)
+    for index, entry in enumerate(entries):
+        live = core.state(index)
+        for name in _MOMENTS:
+            if name in live:
+                live[name][...] = entry.get(name, 0)
+        core.set_step(index, int(entry["step"]))
+
+
+def load_state_dict(
+    core: _core.Optimizer,
+    groups: list[dict[str, Any]],
+    names: Names,
+    checkpoint: Mapping[str, Any],
+    keep: Collection[str],
+    fixed_options: Mapping[str, Any],
+) -> None:
+    _require(isinstance(checkpoint, Mapping), "state_dict must be a dict", TypeError)
+    for key in ("state", "param_groups"):
+        _require(key in checkpoint, f"state_dict has no key {key!r}")
+    saved_groups, saved_state = checkpoint["param_groups"], checkpoint["state"]
+    _require(_is_list(saved_groups), "state_dict['param_groups'] must be a list", TypeError)
+    _require(isinstance(saved_state, Mapping), "state_dict['state'] must be a dict", TypeError)
+    _require(
+        len(saved_groups) == len(groups),
+        f"state_dict has {len(saved_groups)} param groups, the optimizer has {len(groups)}",
+    )
+
+    ids: list[Any] = []
+    new_options: list[dict[str, Any]] = []
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        where = f"state_dict['param_groups'][{i}]"
+        ids += _read_ids(saved, len(group["params"]), names[i], where)
+        options = {k: v for k, v in saved.items() if k not in {"params", "param_names", *_TORCH_FLAGS, *keep}}
+        options = {key: _plain(value) for key, value in options.items()}
+        new_options.append({**group, **options, **fixed_options})
+        _core.check_options(new_options[i], where)
+    _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
+    unknown = [key for key in saved_state if key not in set(ids)]
+    _require(not unknown, f"state_dict['state'] has entries of no group: {unknown}")
+
+    amsgrad = [o["amsgrad"] for o, group in zip(new_options, groups, strict=True) for _ in group["params"]]
+    entries = [
+        _read_entry(saved_state[key], f"state_dict['state'][{key!r}]", core.state(index), amsgrad[index])
+        if key in saved_state
+        else {"step": 0}
+        for index, key in enumerate(ids)
+    ]
+
+    restore_state(core, entries)
+    for group, options in zip(groups, new_options, strict=True):
+        group.update(options)
+
+
+def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> list[Any]:
+    _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
+    _require("params" in saved, f"{where} has no key 'params'")
+    ids = saved["params"]
+    _require(_is_list(ids), f"{where}['params'] must be a list of indices", TypeError)
+    _require(len(ids) == count, f"{where} has {len(ids)} parameters, the optimizer has {count} there")
+    saved_names = saved.get("param_names")
+    if names is not None and saved_names is not None:
+        _require(
+            list(saved_names) == names,
+            f"{where} is of parameters named {list(saved_names)}, the optimizer has {names}",
+        )
+    return list(ids)
+
+
+def _read_entry(saved: Any, where: str, live: Entry, amsgrad: bool) -> Entry:
+    _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
+    if not saved:  # PyTorch's, of a parameter that never had a gradient
+        return {"step": 0}
+    unknown = [key for key in saved if key not in ("step", *_MOMENTS)]
+    _require(not unknown, f"{where} has {unknown}, which is not Adam's")
+    needed = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    for name in needed:
+        _require(name in saved, f"{where} has no {name!r}")
+    entry: Entry = {"step": _read_step(saved["step"], f"{where}['step']")}
+    for name in _MOMENTS:
+        if name in saved:
+            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", live["exp_avg"])
+    return entry
+
+
+def _read_step(value: Any, where: str) -> int:
+    value = _plain(value)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    _require(is_number, f"{where} must be a number, got {value!r}", TypeError)
+    is_count = 0 <= value <= _MAX_STEP and value == int(value)
+    _require(is_count, f"{where} must be a whole number >= 0, got {value!r}")
+    return int(value)
+
+
+def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array = value
+    if hasattr(value, "detach"):  # a tensor
+        array = value.detach().cpu().numpy()
+    elif not isinstance(value, np.ndarray) and hasattr(value, "__array__"):
+        array = np.asarray(value)
+    is_array = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+    _require(is_array, f"{where} must be an array, got {type(value).__name__}", TypeError)
+    _require(
+        array.dtype == like.dtype, f"{where} has dtype {array.dtype}, the parameter {like.dtype}", TypeError
+    )
+    _require(array.shape == like.shape, f"{where} has shape {array.shape}, the parameter {like.shape}")
+    return np.asarray(array)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers out of tensors and arrays of shape (), also inside a pair."""
+    if _is_list(value):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    is_scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
+    return value.item() if is_scalar else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _require(condition: bool, problem: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(f"{problem}. Nothing was loaded.")

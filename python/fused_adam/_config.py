@@ -1,0 +1,78 @@
+"""What the environment and the machine decide: the ISA, the number of threads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from fused_adam import _core
+
+# Names the formula of csrc/kernel/adam_rule.hpp. Equal ids give equal bits; any change of a rounding
+# changes the id.
+NUMERICS: Final = "adam-1"
+
+
+def _isa() -> str:
+    name = os.environ.get("FUSED_ADAM_ISA")
+    if not name:
+        return _core.supported_isas()[0]
+    try:
+        return _core.isa_by_name(name)
+    except ValueError as error:
+        raise ValueError(f"environment variable FUSED_ADAM_ISA: {error}") from None
+
+
+def _max_threads() -> int:
+    text = os.environ.get("FUSED_ADAM_NUM_THREADS")
+    if not text:
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"environment variable FUSED_ADAM_NUM_THREADS: expected a number >= 1, got {text!r}.")
+    return int(text)
+
+
+# Read once, at import: a wrong value must be an error now, not at some later step.
+ISA: Final = _isa()
+MAX_THREADS: Final = _max_threads()  # 0: what the machine allows
+
+
+def max_threads(num_threads: int | None) -> int:
+    """Check a `num_threads` argument; 0 stands for what the machine allows."""
+    if num_threads is None:
+        return MAX_THREADS
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
+        raise TypeError(f"num_threads must be an int or None, got {num_threads!r}.")
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be >= 1 or None, got {num_threads}.")
+    return num_threads
+
+
+def show_config() -> dict[str, Any]:
+    """What this build is and what it found on this machine.
+
+    Returns
+    -------
+    dict
+        ``version``; ``numerics``, the id of the formula (equal ids give equal bits); ``isa``, the
+        instruction set that steps use, ``isas_supported`` by this machine and ``isas_compiled``, best
+        first; ``num_threads``, the most that a step uses, and ``cpus`` that this process may use;
+        ``openmp``, the date of the OpenMP standard it was built with, or None; ``compiler``; and
+        the ``environment`` variables that are set of those that count.
+
+    Notes
+    -----
+    ``python -m fused_adam`` prints it. Nothing else in the package prints.
+    """
+    variables = ("FUSED_ADAM_ISA", "FUSED_ADAM_NUM_THREADS", "OMP_NUM_THREADS")
+    return {
+        "version": _core.__version__,
+        "numerics": NUMERICS,
+        "isa": ISA,
+        "isas_supported": _core.supported_isas(),
+        "isas_compiled": _core.compiled_isas(),
+        "num_threads": MAX_THREADS or _core.max_threads(),
+        "cpus": _core.usable_cpus(),
+        "openmp": _core.openmp_version() or None,
+        "compiler": _core.compiler,
+        "environment": {name: os.environ[name] for name in variables if name in os.environ},
+    }

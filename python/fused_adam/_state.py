@@ -1,0 +1,48 @@
+"""The view that `Adam.state` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fused_adam import _core
+
+Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
+
+
+class OptimizerState(Mapping[int | str, dict[str, Any]]):
+    """A mapping from parameters, by index over all groups or by name, to their state.
+
+    Iteration goes over indices. A name that two groups use is refused: there the index decides.
+    """
+
+    def __init__(self, core: _core.Optimizer, names: Names) -> None:
+        self._core = core
+        self._indices: dict[str, list[int]] = {}
+        index = 0
+        for group, group_names in enumerate(names):
+            for name in group_names or ():
+                self._indices.setdefault(name, []).append(index)
+                index += 1
+            if group_names is None:
+                index += len(core.structure(group))
+
+    def __getitem__(self, key: int | str) -> dict[str, Any]:
+        if isinstance(key, str):
+            found = self._indices.get(key, [])
+            if len(found) != 1:
+                problem = f"names the parameters {found}: use the index" if found else "is no parameter"
+                raise KeyError(f"{key!r} {problem}")
+            key = found[0]
+        if not 0 <= key < len(self._core):
+            raise KeyError(key)
+        return self._core.state(key)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._core)))
+
+    def __len__(self) -> int:
+        return len(self._core)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

@@ -1,0 +1,412 @@
+"""Adam and AdamW, with the interface of torch.optim and NumPy arrays for tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fused_adam import _checkpoint, _config, _core
+from fused_adam._memory import zeros_like_each
+from fused_adam._state import OptimizerState
+
+Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+# One array, or containers of arrays.
+Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
+# The same with None where a parameter has no gradient in this step.
+Grads: TypeAlias = "Array | None | Iterable[Grads] | Mapping[Any, Grads]"
+
+_Self = TypeVar("_Self", bound="Adam")
+
+# The gradient buffers stand where the moments leave room, an eighth of a page aside.
+_GRAD_SHIFT = 2560
+
+
+class StepInfo(NamedTuple):
+    """What :meth:`Adam.step` reports."""
+
+    skipped: bool = False
+    """Was the step left out? (Plain steps never are.)"""
+    grad_norm: float | None = None
+    """The global norm of the gradients, where it was computed; plain steps do not."""
+
+
+_PLAIN_STEP: Final = StepInfo()
+
+
+class Adam:
+    r"""Adam [1]_ for NumPy arrays, fused and in place.
+
+    With :math:`g` the gradient (negated for `maximize`; plus `weight_decay` times the parameter, in the
+    L2 form) and :math:`t` the number of the step, counted from 1 for each parameter::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        param -= lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
+
+    The float32 and float64 operations and their order are those of ``torch.optim.Adam(fused=True)``,
+    which gives the same bits; they do not depend on threads, instruction set, alignment or on how arrays
+    are split.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict
+        The arrays to train, updated in place: one array; lists, tuples and dicts of arrays, nested as
+        you like; or parameter groups, a list of dicts with a key ``"params"`` and options of their own.
+        Arrays are float32 or float64, in C or Fortran order, aligned, writeable, of native byte order.
+    lr : float, default 1e-3
+        Learning rate, >= 0.
+    betas : (float, float), default (0.9, 0.999)
+        Decay rates of the averages of the gradient and of its square, in [0, 1).
+    eps : float, default 1e-8
+        Added to the denominator, outside the square root and after the bias correction. >= 0.
+    weight_decay : float, default 0
+        >= 0. Added to the gradient as ``weight_decay * param`` (L2), or see `decoupled_weight_decay`.
+    amsgrad : bool, default False
+        Divide by the largest second moment so far [2]_ instead of the present one.
+    maximize : bool, default False
+        Step uphill.
+    decoupled_weight_decay : bool, default False
+        Shrink the parameter by ``1 - lr * weight_decay`` before the step instead of adding to the
+        gradient [3]_: AdamW.
+    num_threads : int, optional
+        The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
+        the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        The groups: their arrays (a flat tuple, fixed) under ``"params"``, and their options, which may
+        be edited between steps and are checked again at each.
+    defaults : dict
+        The options of groups that do not give their own.
+
+    Raises
+    ------
+    TypeError
+        Something that is not an array, another dtype, an option of the wrong type.
+    ValueError
+        An array that cannot be updated in place (strided, unaligned, byte-swapped, read-only, masked),
+        memory that is used twice, an option out of range, no arrays at all.
+
+    References
+    ----------
+    .. [1] D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015,
+       https://arxiv.org/abs/1412.6980
+    .. [2] S. J. Reddi, S. Kale and S. Kumar, "On the Convergence of Adam and Beyond", ICLR 2018,
+       https://arxiv.org/abs/1904.09237
+    .. [3] I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019,
+       https://arxiv.org/abs/1711.05101
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> theta = np.array([2.0])
+    >>> opt = Adam(theta)
+    >>> for _ in range(2):
+    ...     info = opt.step(np.array([3.0]))
+    ...     print(theta)
+    [1.999]
+    [1.998]
+    """
+
+    # Options that a subclass does not let a checkpoint change.
+    _fixed_options: Mapping[str, Any] = {}
+
+    def __init__(
+        self,
+        params: Params | Sequence[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        self.defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        _core.check_options(self.defaults, "")
+        self.param_groups: list[dict[str, Any]] = []
+        self._num_threads = num_threads
+        self._grads: Any = None
+        self._core = self._new_core()
+        self._grouped = _is_groups(params)
+        if self._grouped:
+            for group in params:
+                self._add_group(group)
+        else:
+            self._add_group({"params": params})
+
+    def step(self, grads: Grads | Sequence[Grads] = None) -> StepInfo:
+        """Update all parameters in place.
+
+        Parameters
+        ----------
+        grads : like params
+            The gradients, in the structure of `params`; with parameter groups, a list with an entry for
+            each group. A parameter whose entry is None is left out: it, its state and its step count
+            stay as they are. By default the buffers of :attr:`grads`.
+
+        Returns
+        -------
+        StepInfo
+
+        Raises
+        ------
+        TypeError, ValueError
+            Something about gradients, parameters or edited groups is not as it has to be; the message
+            names it. Nothing has changed then: no array, no step count.
+        RuntimeError
+            Another thread is inside a step of this optimizer.
+        """
+        if grads is None:
+            if self._grads is None:
+                raise ValueError("step() needs grads: pass them, or fill the buffers opt.grads before it.")
+            grads = self._grads
+        self._core.step(grads, self.param_groups, self._grouped)
+        return _PLAIN_STEP
+
+    @property
+    def grads(self) -> Any:
+        """Gradient buffers in the structure of `params`, zeros at first; made on first use.
+
+        ``opt.zero_grad()``, then ``opt.grads["w"] += ...``, then ``opt.step()``.
+        """
+        if self._grads is None:
+            trees = [self._new_grads(i) for i in range(len(self.param_groups))]
+            self._grads = trees if self._grouped else trees[0]
+        return self._grads
+
+    def zero_grad(self) -> None:
+        """Fill the buffers of :attr:`grads` with zeros."""
+        if self._grads is not None:
+            self._core.zero(self._grads, self._grouped)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more arrays from now on.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``"params"``, as at construction, and options that differ from :attr:`defaults`. From now on
+            `grads` is a list with an entry for each group.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As at construction. The optimizer is as it was then.
+        """
+        had_one_tree = not self._grouped
+        self._grouped = True
+        try:
+            self._add_group(param_group)
+        except BaseException:
+            self._grouped = not had_one_tree
+            raise
+        if self._grads is not None:
+            trees = [self._grads] if had_one_tree else self._grads
+            self._grads = [*trees, self._new_grads(len(self.param_groups) - 1)]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of all groups; setting it sets it in each."""
+        rates = {float(group["lr"]) for group in self.param_groups}
+        if len(rates) > 1:
+            raise ValueError(
+                f"the groups have different learning rates, {sorted(rates)}: see opt.param_groups[i]['lr']."
+            )
+        return rates.pop()
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        _core.check_options({**self.defaults, "lr": lr}, "")
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @property
+    def state(self) -> OptimizerState:
+        """The moments and step counts of each parameter, by name (``"encoder.0"``) or by index.
+
+        ``opt.state["w"]`` is a dict with ``"step"``, an int, and live views ``"exp_avg"``,
+        ``"exp_avg_sq"`` and, with amsgrad, ``"max_exp_avg_sq"``.
+        """
+        return OptimizerState(self._core, self._names())
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint in the layout of PyTorch, with copies of all arrays.
+
+        Returns
+        -------
+        dict
+            ``"state"``: for each parameter, by its index over all groups, ``"step"`` (an int64 array of
+            shape ()), ``"exp_avg"``, ``"exp_avg_sq"`` and, with amsgrad, ``"max_exp_avg_sq"``.
+            ``"param_groups"``: for each group its options and, under ``"params"``, indices; for
+            parameters in dicts also ``"param_names"``.
+
+        Notes
+        -----
+        ``torch.optim.Adam`` loads it once the arrays are tensors (``torch.from_numpy`` on each) and goes
+        on with the same bits: the options say ``fused=True``, as these numbers are.
+        """
+        with self._core:
+            return _checkpoint.state_dict(self._core, self.param_groups, self._names())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, keep_lr: bool = False) -> None:
+        """Take over moments, step counts and options; the next step goes on with the same bits.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From :meth:`state_dict`, or from ``torch.optim.Adam`` or ``AdamW`` (CPU tensors or arrays).
+            The arrays are copied. A parameter without an entry starts afresh.
+        keep_lr : bool, default False
+            Keep the learning rates of this optimizer instead of those of the checkpoint.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another number of groups or parameters, other names, shapes or dtypes, an option out of
+            range, something missing or unknown. Nothing has changed then.
+        """
+        with self._core:
+            _checkpoint.load_state_dict(
+                self._core,
+                self.param_groups,
+                self._names(),
+                state_dict,
+                keep=("lr",) if keep_lr else (),
+                fixed_options=self._fixed_options,
+            )
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}("]
+        for i, group in enumerate(self.param_groups):
+            count = len(group["params"])
+            size = sum(param.size for param in group["params"])
+            options = ", ".join(f"{key}={value!r}" for key, value in group.items() if key != "params")
+            lines.append(f"  group {i}: {count} array{'s' * (count != 1)}, {size:,} elements, {options}")
+        return "\n".join([*lines, ")"])
+
+    # Arrays pickle and deep-copy as NumPy does: the params of the copy are copies, unless they were
+    # copied together with whatever else refers to them.
+
+    def __getstate__(self) -> dict[str, Any]:
+        core = self._core
+        with core:
+            groups = range(len(self.param_groups))
+            return {
+                **self.__dict__,
+                "_core": {
+                    "trees": [core.structure(i).unflatten(list(self.param_groups[i]["params"])) for i in groups],
+                    "state": _checkpoint.copy_state(core),
+                },
+            }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        saved = state["_core"]
+        self._core = self._new_core()
+        for i, (group, tree) in enumerate(zip(self.param_groups, saved["trees"], strict=True)):
+            group["params"] = self._core.add_group(_core.Structure(tree), self._root(i), group["amsgrad"])
+        _checkpoint.restore_state(self._core, saved["state"])
+
+    # --- private ---
+
+    def _new_core(self) -> _core.Optimizer:
+        return _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads), zeros_like_each)
+
+    def _add_group(self, param_group: Mapping[str, Any]) -> None:
+        index = len(self.param_groups)
+        where = f"param_groups[{index}]"
+        if not isinstance(param_group, Mapping):
+            raise TypeError(f"{where} must be a dict, got {type(param_group).__name__}.")
+        if "params" not in param_group:
+            raise ValueError(f"{where} has no key 'params'.")
+        options = {**self.defaults, **param_group}
+        _core.check_options(options, where)
+        structure = _core.Structure(options["params"])
+        options["params"] = self._core.add_group(structure, self._root(index), options["amsgrad"])
+        self.param_groups.append(options)
+
+    def _root(self, group: int) -> str:
+        """What messages call the params of a group: an expression on what the caller passed."""
+        return f"param_groups[{group}]['params']" if self._grouped else "params"
+
+    def _new_grads(self, group: int) -> Any:
+        params = list(self.param_groups[group]["params"])
+        buffers = zeros_like_each(params, streams=1, shift=_GRAD_SHIFT)
+        return self._core.structure(group).unflatten([streams[0] for streams in buffers])
+
+    def _names(self) -> list[list[str] | None]:
+        structures = map(self._core.structure, range(len(self.param_groups)))
+        return [structure.names if structure.named else None for structure in structures]
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay [1]_: :class:`Adam` with ``decoupled_weight_decay=True``.
+
+    Before each step a parameter is multiplied by ``1 - lr * weight_decay``.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, amsgrad, maximize, num_threads
+        As in :class:`Adam`.
+    weight_decay : float, default 1e-2
+        >= 0.
+
+    References
+    ----------
+    .. [1] I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019,
+       https://arxiv.org/abs/1711.05101
+    """
+
+    _fixed_options = {"decoupled_weight_decay": True}
+
+    def __init__(
+        self,
+        params: Params | Sequence[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            decoupled_weight_decay=True,
+            num_threads=num_threads,
+        )
+
+
+def _is_groups(params: Any) -> bool:
+    """A list of dicts with "params" is groups; any other list is a structure of arrays."""
+    if not isinstance(params, (list, tuple)) or not params:
+        return False
+    with_params = [isinstance(entry, Mapping) and "params" in entry for entry in params]
+    if any(with_params) and not all(with_params):
+        raise ValueError(
+            f"params[{with_params.index(False)}] has no key 'params', but other entries have: "
+            "a list of groups needs it in each."
+        )
+    return all(with_params)

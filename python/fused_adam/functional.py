@@ -1,0 +1,85 @@
+"""The step as a function, for frameworks with optimizer classes of their own."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy.typing as npt
+
+from fused_adam import _config, _core
+
+
+def adam_step(
+    param: npt.NDArray[Any],
+    grad: npt.NDArray[Any],
+    exp_avg: npt.NDArray[Any],
+    exp_avg_sq: npt.NDArray[Any],
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    max_exp_avg_sq: npt.NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> None:
+    """One Adam step on arrays that the caller owns. Updates all but `grad` in place.
+
+    The kernel, the formula and the bits are those of :class:`fused_adam.Adam`.
+
+    Parameters
+    ----------
+    param, grad, exp_avg, exp_avg_sq : numpy.ndarray
+        Of one shape and one dtype (float32 or float64), contiguous in the same order. The two averages
+        are zeros before the first step.
+    step : int
+        The number of this step, counted from 1. It decides the bias corrections.
+    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+        As in :class:`fused_adam.Adam`.
+    max_exp_avg_sq : numpy.ndarray, optional
+        Like `exp_avg_sq`; needed for `amsgrad`.
+    num_threads : int, optional
+        As in :class:`fused_adam.Adam`.
+
+    Raises
+    ------
+    TypeError
+        Something that is not an array, another dtype, or different dtypes.
+    ValueError
+        Different shapes, strided, unaligned, byte-swapped, read-only or overlapping arrays,
+        hyper-parameters out of range, `step` below 1. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> param, exp_avg, exp_avg_sq = np.full(2, 2.0), np.zeros(2), np.zeros(2)
+    >>> adam_step(param, np.array([3.0, -3.0]), exp_avg, exp_avg_sq, step=1)
+    >>> param
+    array([1.999, 2.001])
+    """
+    if isinstance(step, bool):
+        raise TypeError(f"step must be an int, got {step!r}.")
+    options = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "amsgrad": amsgrad,
+        "maximize": maximize,
+        "decoupled_weight_decay": decoupled_weight_decay,
+    }
+    _core.adam_step(
+        _config.ISA,
+        _config.max_threads(num_threads),
+        options,
+        operator.index(step),
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+    )
