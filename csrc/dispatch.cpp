@@ -60,7 +60,7 @@ bool has_avx2() {
          has_all(saved_register_states(), xmm_ymm);
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   constexpr uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;  // leaf 7, ebx
   constexpr uint64_t xmm_ymm_opmask_zmm = 0xE6;
   return has_avx2() && has_all(cpuid(7).ebx, f | dq | bw | vl) &&

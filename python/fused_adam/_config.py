@@ -27,7 +27,7 @@ def _max_threads() -> int:
     if not text:
         return 0
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"environment variable FUSED_ADAM_NUM_THREADS: expected a number >= 1, got {text!r}.")
+        raise ValueError(f"environment variable FUSED_ADAM_NUM_THREADS must be a number >= 1, got {text!r}.")
     return int(text)
 
 

@@ -26,6 +26,7 @@ def adam_step(
     exp_avg_sq: object,
     max_exp_avg_sq: object,
 ) -> None: ...
+
 @final
 class Structure:
     def __init__(self, params: object) -> None: ...

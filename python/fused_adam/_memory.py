@@ -46,5 +46,5 @@ def zeros_like_each(params: list[Array], streams: int, shift: int = 0) -> list[l
 
 
 def _view(part: Array, like: Array) -> Array:
-    order = "C" if like.flags.c_contiguous else "F"
-    return part.view(like.dtype).reshape(like.shape, order=order)
+    flat: Array = part.view(like.dtype)
+    return flat.reshape(like.shape, order="C" if like.flags.c_contiguous else "F")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,7 @@ Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 # One array, or containers of arrays.
 Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
 # The same with None where a parameter has no gradient in this step.
-Grads: TypeAlias = "Array | None | Iterable[Grads] | Mapping[Any, Grads]"
-
-_Self = TypeVar("_Self", bound="Adam")
+Grads: TypeAlias = "Array | Iterable[Grads] | Mapping[Any, Grads] | None"
 
 # The gradient buffers stand where the moments leave room, an eighth of a page aside.
 _GRAD_SHIFT = 2560
@@ -113,7 +111,7 @@ class Adam:
     """
 
     # Options that a subclass does not let a checkpoint change.
-    _fixed_options: Mapping[str, Any] = {}
+    _fixed_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -143,11 +141,9 @@ class Adam:
         self._grads: Any = None
         self._core = self._new_core()
         self._grouped = _is_groups(params)
-        if self._grouped:
-            for group in params:
-                self._add_group(group)
-        else:
-            self._add_group({"params": params})
+        groups: Any = params if self._grouped else [{"params": params}]
+        for group in groups:
+            self._add_group(group)
 
     def step(self, grads: Grads | Sequence[Grads] = None) -> StepInfo:
         """Update all parameters in place.
@@ -303,16 +299,15 @@ class Adam:
     # copied together with whatever else refers to them.
 
     def __getstate__(self) -> dict[str, Any]:
-        core = self._core
-        with core:
-            groups = range(len(self.param_groups))
-            return {
-                **self.__dict__,
-                "_core": {
-                    "trees": [core.structure(i).unflatten(list(self.param_groups[i]["params"])) for i in groups],
-                    "state": _checkpoint.copy_state(core),
-                },
+        with self._core:
+            saved = {
+                "trees": [
+                    self._core.structure(i).unflatten(list(group["params"]))
+                    for i, group in enumerate(self.param_groups)
+                ],
+                "state": _checkpoint.copy_state(self._core),
             }
+        return {**self.__dict__, "_core": saved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -372,7 +367,7 @@ class AdamW(Adam):
        https://arxiv.org/abs/1711.05101
     """
 
-    _fixed_options = {"decoupled_weight_decay": True}
+    _fixed_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
         self,
