@@ -33,15 +33,18 @@ void require_plain_subclass(py::handle object, const Place& place) {
                           " is a masked array, whose mask a step would ignore. Pass " +
                           "its data, or a.filled(0) made once and trained instead.");
   }
-  throw py::type_error(place.str() + " is a " + type_name(object) +
+  throw py::type_error(place.str() + " is of type " + type_name(object) +
                        ", a subclass of ndarray with rules of its own. Pass np.asarray(a), which " +
                        "shares its memory.");
 }
 
 [[noreturn]] void refuse_type(py::handle object, const Place& place) {
-  std::string message = place.str() + " is a " + type_name(object) + ", expected a numpy.ndarray. ";
+  std::string message =
+      place.str() + " is of type " + type_name(object) + ", expected numpy.ndarray. ";
   if (py::hasattr(object, "detach")) {
     message += "The array that shares a CPU tensor's memory is tensor.detach().numpy().";
+  } else if (py::hasattr(object, "__array_interface__")) {
+    message += "A NumPy scalar becomes an array of shape () by np.asarray(x).";
   } else if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object) ||
              py::isinstance<py::dict>(object)) {
     message += "Its structure differs from that of params.";
@@ -102,9 +105,8 @@ ArrayFacts array_facts(py::handle object, const Place& place) {
 
 void require_writeable(py::handle array, const Place& place) {
   if ((py::detail::array_proxy(array.ptr())->flags & npy_api::NPY_ARRAY_WRITEABLE_) == 0) {
-    throw py::value_error(place.str() +
-                          " is read-only and would have to be updated in place. Pass " +
-                          "None as its grad to leave it out, or a.setflags(write=True).");
+    throw py::value_error(place.str() + " is read-only, but a step updates it in place. Use " +
+                          "a.setflags(write=True), or leave it out: None as its grad.");
   }
 }
 

@@ -17,7 +17,7 @@ std::string place(const std::string& where, py::handle key) {
 
 [[noreturn]] void refuse_type(const std::string& where, const char* expected, py::handle found) {
   throw py::type_error(where + " must be " + expected + ", got " +
-                       py::repr(found).cast<std::string>() + ", a " +
+                       py::repr(found).cast<std::string>() + " of type " +
                        std::string(Py_TYPE(found.ptr())->tp_name) + ".");
 }
 

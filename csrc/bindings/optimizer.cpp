@@ -198,7 +198,7 @@ void Optimizer::flatten_grads(py::handle grads, bool grouped) {
   }
   if (!PyList_Check(grads.ptr()) && !PyTuple_Check(grads.ptr())) {
     throw py::value_error("grads: expected a list with an entry for each of the " +
-                          std::to_string(groups_.size()) + " param groups, got a " +
+                          std::to_string(groups_.size()) + " param groups, got " +
                           Py_TYPE(grads.ptr())->tp_name + ".");
   }
   const py::list list = py::reinterpret_borrow<py::object>(grads);

@@ -120,11 +120,11 @@ void Structure::flatten(const Node& node, py::handle given, const Trail& trail,
     return;
   }
   const auto refuse = [&](const char* kind, const std::string& found) {
-    throw py::value_error(trail.str() + ": expected a " + kind + " of " +
-                          std::to_string(node.children.size()) + " like params, got " + found +
-                          ".");
+    throw py::value_error(trail.str() + ": expected a " + kind + " with " +
+                          std::to_string(node.children.size()) + " entries, as in params, got " +
+                          found + ".");
   };
-  const auto type_name = [&] { return "a " + std::string(Py_TYPE(given.ptr())->tp_name); };
+  const auto type_name = [&] { return std::string(Py_TYPE(given.ptr())->tp_name); };
   if (node.kind == Node::kDict) {
     if (!PyDict_Check(given.ptr())) refuse("dict", type_name());
     for (size_t i = 0; i < node.keys.size(); ++i) {
@@ -133,7 +133,7 @@ void Structure::flatten(const Node& node, py::handle given, const Trail& trail,
       flatten(node.children[i], child, Trail{&trail, nullptr, node.keys[i], 0}, leaves);
     }
     if (static_cast<size_t>(PyDict_Size(given.ptr())) != node.keys.size()) {
-      refuse("dict", "one of " + std::to_string(PyDict_Size(given.ptr())));
+      refuse("dict", "one with " + std::to_string(PyDict_Size(given.ptr())));
     }
     return;
   }
@@ -141,7 +141,7 @@ void Structure::flatten(const Node& node, py::handle given, const Trail& trail,
   const char* kind = node.kind == Node::kList ? "list" : "tuple";
   if (!is_sequence(tree)) refuse(kind, type_name());
   if (sequence_size(tree) != node.children.size()) {
-    refuse(kind, "one of " + std::to_string(sequence_size(tree)));
+    refuse(kind, "one with " + std::to_string(sequence_size(tree)));
   }
   for (size_t i = 0; i < node.children.size(); ++i) {
     flatten(node.children[i], sequence_item(tree, i), Trail{&trail, nullptr, {}, i}, leaves);
