@@ -40,14 +40,8 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, Form
 void StepPlan::run(const KernelTable& kernels, int max_threads) noexcept {
   if (arrays_.empty()) return;
   const int64_t lines = arrays_.back().line_end;
-  const int parts = parts_for(lines, max_threads);
-  run_parts(parts, [&](int part) {
-    // Written so that the product cannot overflow; a part gets the same lines at every step.
-    const auto bound = [&](int i) {
-      return lines / parts * i + std::min<int64_t>(lines % parts, i);
-    };
-    run_lines(kernels, bound(part), bound(part + 1));
-  });
+  for_lines(lines, max_threads,
+            [&](int64_t begin, int64_t end) { run_lines(kernels, begin, end); });
 }
 
 void StepPlan::run_lines(const KernelTable& kernels, int64_t begin, int64_t end) const noexcept {

@@ -4,6 +4,7 @@
 #include "../cpu_limit.hpp"
 #include "../dispatch.hpp"
 #include "../parallel.hpp"
+#include "../team.hpp"
 #include "functional.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"

@@ -1,0 +1,185 @@
+#include "team.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__SSE2__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace fused_adam {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+void pause() noexcept {
+#if defined(__SSE2__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+// How long a helper looks for the next step before it sleeps. Waking it costs the caller a few us
+// and takes 30 to 50 us; steps that follow each other more closely than this find it awake.
+constexpr std::chrono::microseconds kLookout{50};
+
+constexpr int kMaxThreads = kMaxChunks;
+
+// What helpers need to know to take part, in one word: the number of the job, its chunks and
+// threads.
+struct Ticket {
+  uint32_t job;
+  uint16_t chunks, threads;
+};
+
+class Team {
+ public:
+  int64_t run(const Job& job, int threads, bool wake) noexcept {
+    // One step at a time: if another thread's has the helpers, the CPUs are in use anyway.
+    if (in_use_.exchange(true, std::memory_order_acquire)) return run_alone(job);
+    threads = std::min({threads, job.chunks, kMaxThreads});
+    threads = std::min(threads, 1 + (wake ? hire(threads - 1) : helpers_));
+    const int64_t waited = threads > 1 ? lead(job, threads, wake) : run_alone(job);
+    in_use_.store(false, std::memory_order_release);
+    return waited;
+  }
+
+  static int64_t run_alone(const Job& job) noexcept {
+    for (int i = 0; i < job.chunks; ++i) job.body(job.context, i);
+    return 0;
+  }
+
+ private:
+  // Claims count jobs: a helper that comes late cannot claim a chunk of a later job by mistake.
+  static uint64_t open(uint32_t number) noexcept { return 2 * static_cast<uint64_t>(number); }
+
+  // Starts helpers until there are that many, or until the system refuses one; returns their
+  // number.
+  int hire(int wanted) noexcept {
+    try {
+      for (; helpers_ < wanted; ++helpers_) {
+        std::thread(&Team::help, this, helpers_ + 1, ticket_.load()).detach();
+      }
+    } catch (const std::system_error&) {
+      // A limit on threads or memory: the step goes on with those it has.
+    }
+    return helpers_;
+  }
+
+  int64_t lead(const Job& job, int threads, bool wake) noexcept {
+    const Ticket ticket = {ticket_.load(std::memory_order_relaxed).job + 1,
+                           static_cast<uint16_t>(job.chunks), static_cast<uint16_t>(threads)};
+    for (int i = 0; i < job.chunks; ++i) {
+      claims_[i].store(open(ticket.job), std::memory_order_relaxed);
+    }
+    job_ = job;
+    unfinished_.store(job.chunks, std::memory_order_relaxed);
+    // Sequentially consistent, as is the count of sleepers: either a helper sees this ticket before
+    // it sleeps, or it is seen here as a sleeper.
+    ticket_.store(ticket);
+    if (wake && sleepers_.load() > 0) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+      }
+      wake_.notify_all();
+    }
+    work(ticket, 0);
+    return wait_for_others();
+  }
+
+  void help(int self, Ticket seen) noexcept {
+    while (true) {
+      seen = next_ticket(seen);
+      if (self < seen.threads) work(seen, self);
+    }
+  }
+
+  Ticket next_ticket(Ticket seen) noexcept {
+    const auto is_new = [&] { return ticket_.load().job != seen.job; };
+    for (const auto end = Clock::now() + kLookout; Clock::now() < end;) {
+      for (int i = 0; i < 32; ++i) {
+        if (is_new()) return ticket_.load();
+        pause();
+      }
+      std::this_thread::yield();  // the caller may be waiting for this very CPU
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, is_new);
+    sleepers_.fetch_sub(1);
+    return ticket_.load();
+  }
+
+  void work(Ticket ticket, int self) noexcept {
+    // From one's own share on, once around.
+    const int first = ticket.chunks * self / ticket.threads;
+    for (int i = 0; i < ticket.chunks; ++i) {
+      const int chunk = first + i < ticket.chunks ? first + i : first + i - ticket.chunks;
+      uint64_t expected = open(ticket.job);
+      if (!claims_[chunk].compare_exchange_strong(expected, expected + 1)) continue;
+      job_.body(job_.context, chunk);
+      unfinished_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  int64_t wait_for_others() noexcept {
+    if (unfinished_.load(std::memory_order_acquire) == 0) return 0;
+    const auto begin = Clock::now();
+    for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
+      if (spins < 4096) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+  }
+
+  std::atomic<bool> in_use_{false};
+  int helpers_ = 0;  // guarded by in_use_
+  Job job_ = {};     // written before a ticket is issued; stays until all chunks are finished
+  std::atomic<Ticket> ticket_{Ticket{0, 0, 0}};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  alignas(64) std::atomic<int> unfinished_{0};
+  alignas(64) std::atomic<uint64_t> claims_[kMaxChunks] = {};
+};
+
+// One team a process, never destroyed: its helpers may still be asleep in it when the process ends.
+std::atomic<Team*> the_team{nullptr};
+
+Team* team() noexcept {
+  Team* current = the_team.load(std::memory_order_acquire);
+  if (current != nullptr) return current;
+  Team* fresh = new (std::nothrow) Team;
+  if (fresh == nullptr) return nullptr;
+  if (the_team.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return fresh;
+  delete fresh;
+  return current;
+}
+
+}  // namespace
+
+int64_t run_with_team(const Job& job, int threads, bool wake) noexcept {
+  Team* const helpers = team();
+  return helpers == nullptr ? Team::run_alone(job) : helpers->run(job, threads, wake);
+}
+
+void watch_forks() noexcept {
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { the_team.store(nullptr, std::memory_order_relaxed); });
+#endif
+}
+
+}  // namespace fused_adam
