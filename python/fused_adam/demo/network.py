@@ -9,65 +9,68 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-# float32 or float64, as the parameters are: training uses float32, the gradient check float64.
+# Numbers are float32 or float64, whichever the parameters are: training uses one, the gradient check
+# of the tests the other.
 Array: TypeAlias = npt.NDArray[Any]
-# "w0", "b0", "w1", "b1", ...: the weights (inputs x outputs) and biases of the layers.
+# Weights "w0", "w1", ... of shape (inputs, outputs), and biases "b0", "b1", ...
 Params: TypeAlias = dict[str, Array]
 
 
 def new_params(sizes: Sequence[int], rng: np.random.Generator, dtype: npt.DTypeLike = np.float32) -> Params:
-    """Weights drawn as He et al. advise for ReLU, and zero biases, for layers of these sizes."""
+    """Random weights and zero biases for layers of these sizes."""
     params: Params = {}
-    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        weights = rng.standard_normal((fan_in, fan_out)) * np.sqrt(2 / fan_in)
+    for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
+        # Of the size that He et al. (2015) advise: signals neither fade nor blow up from layer to layer.
+        weights = rng.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs)
         params[f"w{layer}"] = weights.astype(dtype)
-        params[f"b{layer}"] = np.zeros(fan_out, dtype)
+        params[f"b{layer}"] = np.zeros(outputs, dtype)
     return params
 
 
 def forward(params: Params, images: Array) -> list[Array]:
-    """The input of every layer, and last the logits: one score for each class."""
-    layers = len(params) // 2
+    """The input of each layer, then the scores of the classes.
+
+    Hidden layers use tanh, which is smooth. With the kinks of ReLU, a difference in the last bit can
+    switch a unit, and two correct trainings part ways; here they stay together, so that comparing them
+    means something.
+    """
+    last = len(params) // 2 - 1
     signals = [images]
-    for layer in range(layers):
+    for layer in range(last + 1):
         signal = signals[-1] @ params[f"w{layer}"] + params[f"b{layer}"]
-        signals.append(np.maximum(signal, 0) if layer < layers - 1 else signal)
+        signals.append(signal if layer == last else np.tanh(signal))
     return signals
 
 
 def loss_and_grads(params: Params, images: Array, labels: Array) -> tuple[float, Params]:
-    """The mean softmax cross-entropy of a batch, and its gradients in the structure of `params`."""
+    """The mean cross-entropy of the softmax, and its gradients, a dict like `params`."""
     signals = forward(params, images)
     log_probs = _log_softmax(signals[-1])
-    rows = np.arange(len(labels))
-    loss = -float(log_probs[rows, labels].mean())
+    right = np.arange(len(labels)), labels
 
-    grads: Params = {}
-    # With respect to the logits: the probabilities, less 1 for the right class, over the batch size.
+    # The derivative by the scores: the probabilities, minus 1 for the right class.
     delta = np.exp(log_probs)
-    delta[rows, labels] -= 1
+    delta[right] -= 1
     delta /= len(labels)
+    grads: Params = {}
     for layer in reversed(range(len(params) // 2)):
         grads[f"w{layer}"] = signals[layer].T @ delta
         grads[f"b{layer}"] = delta.sum(axis=0)
         if layer > 0:
-            # A ReLU passes the gradient on where it let its signal through.
-            delta = (delta @ params[f"w{layer}"].T) * (signals[layer] > 0)
-    return loss, grads
+            # Back through the weights, then through tanh, whose derivative is 1 - tanh**2.
+            delta = (delta @ params[f"w{layer}"].T) * (1 - signals[layer] ** 2)
+    return -float(log_probs[right].mean()), grads
 
 
-def mean_loss(params: Params, images: Array, labels: Array) -> float:
-    """The mean softmax cross-entropy alone."""
-    return -float(_log_softmax(forward(params, images)[-1])[np.arange(len(labels)), labels].mean())
+def evaluate(params: Params, images: Array, labels: Array) -> tuple[float, float]:
+    """The mean cross-entropy, and the share of images whose right class has the highest score."""
+    scores = forward(params, images)[-1]
+    loss = -float(_log_softmax(scores)[np.arange(len(labels)), labels].mean())
+    return loss, float((scores.argmax(axis=1) == labels).mean())
 
 
-def accuracy(params: Params, images: Array, labels: Array) -> float:
-    """The share of images whose label has the highest score."""
-    return float((forward(params, images)[-1].argmax(axis=1) == labels).mean())
-
-
-def _log_softmax(logits: Array) -> Array:
-    # Subtracting the largest logit changes nothing but keeps exp() from overflowing.
-    logits = logits - logits.max(axis=1, keepdims=True)
-    log_probs: Array = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+def _log_softmax(scores: Array) -> Array:
+    # Subtracting the highest score changes nothing, but keeps exp() from overflowing.
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    log_probs: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return log_probs
