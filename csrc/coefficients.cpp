@@ -68,7 +68,8 @@ CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   Coefficients<double> k;
   k.grad_sign = hyper.maximize ? -1.0 : 1.0;
   k.l2_decay = decoupled ? 0.0 : hyper.weight_decay;
-  k.param_decay = decoupled ? 1.0 - hyper.lr * hyper.weight_decay : 1.0;
+  // Rounded once: the compiler of PyTorch makes one fused operation of 1 - lr * weight_decay.
+  k.param_decay = decoupled ? std::fma(-hyper.lr, hyper.weight_decay, 1.0) : 1.0;
   k.lerp_weight = 1.0 - hyper.beta1;
   k.one_minus_beta2 = 1.0 - hyper.beta2;
   k.beta2 = hyper.beta2;

@@ -62,8 +62,10 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place) {
                          ", expected float32 or float64. Convert it once, with " +
                          "a.astype(np.float32), and use the result.");
   }
-  // NumPy writes '=' for native order; '<' and '>' remain only for the other one.
-  if (descr->byteorder != '=') {
+  // NumPy writes '=' for native order, unless it was asked for by its own sign.
+  const uint16_t one = 1;
+  const char native = *reinterpret_cast<const char*>(&one) == 1 ? '<' : '>';
+  if (descr->byteorder != '=' && descr->byteorder != native) {
     throw py::value_error(place.str() + " has byte-swapped elements (dtype " + text(array->descr) +
                           "). Convert it once, with a.astype(a.dtype.newbyteorder('=')).");
   }

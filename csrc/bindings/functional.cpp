@@ -12,7 +12,6 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
                py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
                py::handle max_exp_avg_sq) {
   const HyperParameters hyper = GroupReader().read(options, "");
-  if (step < 1) throw py::value_error("step must be >= 1, got " + std::to_string(step) + ".");
   if (hyper.amsgrad && max_exp_avg_sq.is_none()) {
     throw py::value_error("amsgrad needs max_exp_avg_sq.");
   }

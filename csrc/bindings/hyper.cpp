@@ -31,13 +31,15 @@ py::object required(const py::dict& group, py::handle key, const std::string& wh
 }
 
 // Any real number: float, int, NumPy scalars and 0-d arrays. A bool is a slip, a str is no number.
-double number(py::handle value, const std::string& where, py::handle key) {
+// place() is what a message calls it.
+template <class Place>
+double number(py::handle value, const Place& place) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   const bool is_bool = PyBool_Check(value.ptr());
   const double x = is_bool ? -1.0 : PyFloat_AsDouble(value.ptr());
   if (is_bool || (x == -1.0 && PyErr_Occurred())) {
     PyErr_Clear();
-    refuse_type(place(where, key), "a number", value);
+    refuse_type(place(), "a number", value);
   }
   return x;
 }
@@ -49,18 +51,18 @@ bool flag(py::handle value, const std::string& where, py::handle key) {
 }
 
 double finite_not_negative(py::handle value, const std::string& where, py::handle key) {
-  const double x = number(value, where, key);
-  if (!(x >= 0.0) || std::isinf(x)) refuse(place(where, key), "finite and >= 0", value);
+  const auto here = [&] { return place(where, key); };
+  const double x = number(value, here);
+  if (!(x >= 0.0) || std::isinf(x)) refuse(here(), "finite and >= 0", value);
   return x;
 }
 
 double beta(py::handle betas, py::ssize_t i, const std::string& where, py::handle key) {
   const py::object value = py::reinterpret_steal<py::object>(PySequence_GetItem(betas.ptr(), i));
   if (!value) throw py::error_already_set();
-  const double x = number(value, where, key);
-  if (!(x >= 0.0 && x < 1.0)) {
-    refuse(place(where, key) + "[" + std::to_string(i) + "]", ">= 0 and < 1", value);
-  }
+  const auto here = [&] { return place(where, key) + "[" + std::to_string(i) + "]"; };
+  const double x = number(value, here);
+  if (!(x >= 0.0 && x < 1.0)) refuse(here(), ">= 0 and < 1", value);
   return x;
 }
 

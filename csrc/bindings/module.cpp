@@ -55,7 +55,8 @@ void bind(py::module_& m) {
            py::arg("allocate"))
       .def("__len__", &Optimizer::size)
       .def("add_group", &Optimizer::add_group, py::arg("structure"), py::arg("root"),
-           py::arg("amsgrad"))
+           py::arg("amsgrad"), py::arg("frozen") = false)
+      .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
       .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"), py::arg("grouped"))
       .def("zero", &Optimizer::zero, py::arg("grads"), py::arg("grouped"))
       .def("structure", &Optimizer::structure, py::arg("group"), py::return_value_policy::copy)

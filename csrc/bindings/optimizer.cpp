@@ -34,6 +34,7 @@ class Optimizer::StepScope {
   explicit StepScope(Optimizer& optimizer) : exclusive_(optimizer), optimizer_(optimizer) {}
   ~StepScope() {
     optimizer_.grads_.clear();
+    optimizer_.hypers_.clear();
     optimizer_.plan_.clear();
   }
   StepScope(const StepScope&) = delete;
@@ -68,7 +69,8 @@ std::string Optimizer::owner_text(int64_t owner) const {
   return place(is_state ? "the state of " : "", slots_[static_cast<size_t>(owner / 2)]).str();
 }
 
-py::tuple Optimizer::add_group(Structure structure, const std::string& root, bool amsgrad) {
+py::tuple Optimizer::add_group(Structure structure, const std::string& root, bool amsgrad,
+                               bool frozen) {
   const Exclusive exclusive(*this);
   const size_t count = structure.size(), first = slots_.size(), index = groups_.size();
   if (count == 0) throw py::value_error(root + " has no arrays to train.");
@@ -85,7 +87,7 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
       slot.leaf = i;
       const Place name = place("", slot);
       array_facts(slot.param, name);
-      require_writeable(slot.param, name);
+      if (!frozen) require_writeable(slot.param, name);
       slots_.push_back(std::move(slot));
     }
     index_memory();  // refuses params that overlap, before memory is spent on their state
@@ -100,6 +102,7 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
       if (amsgrad) set_max_exp_avg_sq(slot, arrays[i][2]);
     }
     index_memory();
+    ready_ = slots_.size();
   } catch (...) {
     slots_.resize(first);
     groups_.pop_back();
@@ -164,16 +167,38 @@ void Optimizer::index_memory() {
                         owner_text(a) + ". Every array that is updated needs memory of its own.");
 }
 
-ArrayFacts Optimizer::checked_param(Slot& slot) {
+void Optimizer::check_groups(py::handle param_groups) const {
+  if (!PyList_Check(param_groups.ptr())) {
+    throw py::type_error("param_groups must be a list, got " +
+                         std::string(Py_TYPE(param_groups.ptr())->tp_name) + ".");
+  }
+  const py::list list = py::reinterpret_borrow<py::list>(param_groups);
+  if (list.size() != groups_.size()) {
+    throw py::value_error("param_groups has " + std::to_string(list.size()) +
+                          " groups, but the optimizer was given " + std::to_string(groups_.size()) +
+                          ". Use add_param_group to add one.");
+  }
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const py::object entry = list[i];
+    if (!PyDict_Check(entry.ptr())) throw py::type_error(groups_[i].name + " must be a dict.");
+    if (PyDict_GetItem(entry.ptr(), params_key_.ptr()) != groups_[i].params.ptr()) {
+      throw py::value_error(groups_[i].name +
+                            "['params'] was replaced; the arrays of a group are fixed. Use " +
+                            "add_param_group, or make a new optimizer.");
+    }
+  }
+}
+
+void Optimizer::check_param(Slot& slot) {
   const Place name = place("", slot);
   const ArrayFacts param = array_facts(slot.param, name);
   require_like(param, name, slot.state, place("the state of ", slot));
   require_writeable(slot.param, name);
-  if (!memory_is_indexed_ || param.data != slot.indexed_data) index_memory();
-  return param;
+  if (param.data != slot.indexed_data) memory_is_indexed_ = false;
+  slot.streams.param = param.data;
 }
 
-ArrayFacts Optimizer::checked_grad(Slot& slot, py::handle array) {
+void Optimizer::check_grad(Slot& slot, py::handle array) {
   const Place name = place("grad for ", slot);
   const ArrayFacts grad = array_facts(array, name);
   require_like(grad, name, slot.state, place("", slot));
@@ -187,7 +212,7 @@ ArrayFacts Optimizer::checked_grad(Slot& slot, py::handle array) {
     throw py::value_error(name.str() + " shares memory with " + owner_text(owner) +
                           ", which a step writes. Pass a copy.");
   }
-  return grad;
+  slot.streams.grad = grad.data;
 }
 
 void Optimizer::flatten_grads(py::handle grads, bool grouped) {
@@ -212,52 +237,62 @@ void Optimizer::flatten_grads(py::handle grads, bool grouped) {
   }
 }
 
-HyperParameters Optimizer::read_group(const Group& group, const py::list& param_groups) const {
-  const size_t index = static_cast<size_t>(&group - groups_.data());
-  const py::object entry = param_groups[index];
-  if (!PyDict_Check(entry.ptr())) throw py::type_error(group.name + " must be a dict.");
-  const py::dict dict = py::reinterpret_borrow<py::dict>(entry);
-  if (PyDict_GetItem(dict.ptr(), params_key_.ptr()) != group.params.ptr()) {
-    throw py::value_error(group.name +
-                          "['params'] was replaced; the arrays of a group are fixed. " +
-                          "Use add_param_group, or make a new optimizer.");
+// All params before the first grad: a param that has moved changes what a grad may overlap.
+void Optimizer::check_arrays() {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!grads_[i].is_none()) check_param(slots_[i]);
   }
-  return reader_.read(dict, group.name);
+  if (!memory_is_indexed_) index_memory();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!grads_[i].is_none()) check_grad(slots_[i], grads_[i]);
+  }
 }
 
-void Optimizer::plan_group(const Group& group, const HyperParameters& hyper) {
-  const Form form = {!hyper.decoupled_weight_decay && hyper.weight_decay != 0.0, hyper.amsgrad};
-  if (hyper.amsgrad) {
-    // Switched on between two steps: the maximum counts from now.
-    for (size_t i = group.first; i < group.first + group.count; ++i) ensure_max_exp_avg_sq(i);
+// Where amsgrad was switched on since the last step, the maximum counts from now.
+bool Optimizer::make_missing_maxima() {
+  bool made = false;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!hypers_[slots_[i].group].amsgrad || slots_[i].max_exp_avg_sq) continue;
+    ensure_max_exp_avg_sq(i);
+    made = true;
   }
-  int64_t step = -1;  // of the coefficients that were added last; most params share one
-  size_t coefficients_index = 0;
-  for (size_t i = group.first; i < group.first + group.count; ++i) {
-    Slot& slot = slots_[i];
-    if (grads_[i].is_none()) continue;
-    Streams streams = slot.streams;
-    const ArrayFacts param = checked_param(slot);
-    streams.param = param.data;
-    streams.grad = checked_grad(slot, grads_[i]).data;
-    if (slot.step + 1 != step) {
-      step = slot.step + 1;
-      coefficients_index = plan_.add_coefficients(coefficients(hyper, step));
+  return made;
+}
+
+void Optimizer::make_plan() {
+  for (const Group& group : groups_) {
+    const HyperParameters& hyper = hypers_[static_cast<size_t>(&group - groups_.data())];
+    const Form form = {!hyper.decoupled_weight_decay && hyper.weight_decay != 0.0, hyper.amsgrad};
+    int64_t step = -1;  // of the coefficients that were added last; most params share one
+    size_t coefficients_index = 0;
+    for (size_t i = group.first; i < group.first + group.count; ++i) {
+      if (grads_[i].is_none()) continue;
+      const Slot& slot = slots_[i];
+      if (slot.step + 1 != step) {
+        step = slot.step + 1;
+        coefficients_index = plan_.add_coefficients(coefficients(hyper, step));
+      }
+      plan_.add_array(slot.streams, slot.state.size, slot.state.dtype, form, coefficients_index);
     }
-    plan_.add_array(streams, param.size, param.dtype, form, coefficients_index);
   }
 }
 
-void Optimizer::step(py::handle grads, const py::list& param_groups, bool grouped) {
+void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
   const StepScope scope(*this);
-  if (param_groups.size() != groups_.size()) {
-    throw py::value_error("param_groups has " + std::to_string(param_groups.size()) +
-                          " groups, but the optimizer was given " + std::to_string(groups_.size()) +
-                          ". Use add_param_group to add one.");
-  }
+  // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads, grouped);
-  for (const Group& group : groups_) plan_group(group, read_group(group, param_groups));
-  // Everything is checked: from here on nothing can fail.
+  check_groups(param_groups);
+  const py::list list = py::reinterpret_borrow<py::list>(param_groups);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const py::object group = list[i];
+    hypers_.push_back(reader_.read(py::reinterpret_borrow<py::dict>(group), groups_[i].name));
+  }
+  check_arrays();
+  // The allocator is Python code, during which other threads run: what was checked is checked
+  // again.
+  if (make_missing_maxima()) check_arrays();
+  make_plan();
+  // From here on nothing can fail.
   {
     const py::gil_scoped_release no_gil;
     plan_.run(kernels_, max_threads_);
@@ -268,9 +303,11 @@ void Optimizer::step(py::handle grads, const py::list& param_groups, bool groupe
 void Optimizer::zero(py::handle grads, bool grouped) {
   const StepScope scope(*this);
   flatten_grads(grads, grouped);
+  for (const Slot& slot : slots_) memory_is_indexed_ &= data_of(slot.param) == slot.indexed_data;
+  if (!memory_is_indexed_) index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
-    checked_grad(slots_[i], grads_[i]);
+    check_grad(slots_[i], grads_[i]);
     require_writeable(grads_[i], place("grad for ", slots_[i]));
   }
   for (size_t i = 0; i < slots_.size(); ++i) {
@@ -280,7 +317,9 @@ void Optimizer::zero(py::handle grads, bool grouped) {
 }
 
 py::dict Optimizer::state(size_t index) const {
-  const Slot& slot = slots_.at(index);
+  if (index >= ready_) throw py::index_error("no such parameter");
+  const Slot slot =
+      slots_[index];  // a copy: Python code runs below, and a group may be added by it
   py::dict state;
   state["step"] = slot.step;
   state["exp_avg"] = fresh_view(slot.exp_avg);

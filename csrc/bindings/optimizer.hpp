@@ -23,17 +23,21 @@ class Optimizer {
   Optimizer(const std::string& isa, int max_threads, py::object allocate);
 
   // Takes the arrays of a group and makes their state; returns them as a flat tuple. root is what
-  // messages call them: "params". Nothing has changed where it throws.
-  py::tuple add_group(Structure structure, const std::string& root, bool amsgrad);
+  // messages call them: "params". Read-only arrays only where some may be frozen, as in the copy of
+  // an optimizer. Nothing has changed where it throws.
+  py::tuple add_group(Structure structure, const std::string& root, bool amsgrad, bool frozen);
+
+  // ValueError or TypeError where param_groups has not the groups that were added, with their
+  // params.
+  void check_groups(py::handle param_groups) const;
 
   // One step. grads is like params or, if grouped, a sequence with an entry for each group.
-  void step(py::handle grads, const py::list& param_groups, bool grouped);
+  void step(py::handle grads, py::handle param_groups, bool grouped);
 
   // Fills gradients with zeros, after the checks of a step.
   void zero(py::handle grads, bool grouped);
 
-  size_t size() const { return slots_.size(); }
-  size_t group_count() const { return groups_.size(); }
+  size_t size() const { return ready_; }
   const Structure& structure(size_t group) const { return groups_.at(group).structure; }
   // {"step": int, "exp_avg": array, ...}, with views of the moments.
   py::dict state(size_t index) const;
@@ -50,7 +54,7 @@ class Optimizer {
     py::object param;
     py::object exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one may be null
     ArrayFacts state;                                // of exp_avg, which nobody else can change
-    Streams streams;                                 // all but param and grad
+    Streams streams;                                 // param and grad: of the step that runs
     int64_t step;
     const void* indexed_data;  // of param, when memory_ was made
     size_t grad_hint;          // for memory_.owner_of_overlap
@@ -73,10 +77,11 @@ class Optimizer {
   // Lists all written memory anew; ValueError where two of its arrays overlap.
   void index_memory();
   void flatten_grads(py::handle grads, bool grouped);
-  HyperParameters read_group(const Group& group, const py::list& param_groups) const;
-  void plan_group(const Group& group, const HyperParameters& hyper);
-  ArrayFacts checked_param(Slot& slot);
-  ArrayFacts checked_grad(Slot& slot, py::handle grad);
+  void check_param(Slot& slot);
+  void check_grad(Slot& slot, py::handle array);
+  void check_arrays();
+  bool make_missing_maxima();
+  void make_plan();
 
   const KernelTable& kernels_;
   const int max_threads_;
@@ -84,12 +89,14 @@ class Optimizer {
   const GroupReader reader_;
   const py::str params_key_;
   std::vector<Slot> slots_;
+  size_t ready_ = 0;  // slots that are whole; more while a group is being added
   std::vector<Group> groups_;
   WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
   // Of the step that runs; kept between steps for their memory only.
   StepPlan plan_;
   std::vector<py::object> grads_;
+  std::vector<HyperParameters> hypers_;
   std::atomic<bool> busy_{false};
 };
 

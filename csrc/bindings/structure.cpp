@@ -149,6 +149,10 @@ void Structure::flatten(const Node& node, py::handle given, const Trail& trail,
 }
 
 py::object Structure::unflatten(const std::vector<py::object>& leaves) const {
+  if (leaves.size() != size()) {
+    throw py::value_error("expected " + std::to_string(size()) + " leaves, got " +
+                          std::to_string(leaves.size()) + ".");
+  }
   auto leaf = leaves.begin();
   return unflatten(top_, leaf);
 }

@@ -2,11 +2,11 @@
 
 >>> import numpy as np
 >>> from fused_adam import Adam
->>> params = {"w": np.ones(3, np.float32)}
+>>> params = {"w": np.ones(3)}
 >>> opt = Adam(params, lr=0.1)
->>> info = opt.step({"w": np.array([1.0, -2.0, 0.0], np.float32)})
+>>> info = opt.step({"w": np.array([1.0, -2.0, 0.0])})
 >>> params["w"]
-array([0.9, 1.1, 1. ], dtype=float32)
+array([0.9, 1.1, 1. ])
 """
 
 from fused_adam._config import show_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,10 +99,12 @@ def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> li
     _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
     _require("params" in saved, f"{where} has no key 'params'")
     ids = saved["params"]
-    _require(_is_list(ids), f"{where}['params'] must be a list of indices", TypeError)
+    is_ids = _is_list(ids) and all(isinstance(key, Hashable) for key in ids)
+    _require(is_ids, f"{where}['params'] must be a list of indices", TypeError)
     _require(len(ids) == count, f"{where} has {len(ids)} parameters, the optimizer has {count} there")
     saved_names = saved.get("param_names")
     if names is not None and saved_names is not None:
+        _require(_is_list(saved_names), f"{where}['param_names'] must be a list", TypeError)
         _require(
             list(saved_names) == names,
             f"{where} is of parameters named {list(saved_names)}, the optimizer has {names}",
@@ -138,7 +140,10 @@ def _read_step(value: Any, where: str) -> int:
 def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     array = value
     if hasattr(value, "detach"):  # a tensor
-        array = value.detach().cpu().numpy()
+        try:
+            array = value.detach().cpu().numpy()
+        except TypeError:
+            _require(False, f"{where} has dtype {value.dtype}, which NumPy has not", TypeError)
     elif not isinstance(value, np.ndarray) and hasattr(value, "__array__"):
         array = np.asarray(value)
     is_array = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
@@ -147,7 +152,9 @@ def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[A
         array.dtype == like.dtype, f"{where} has dtype {array.dtype}, the parameter {like.dtype}", TypeError
     )
     _require(array.shape == like.shape, f"{where} has shape {array.shape}, the parameter {like.shape}")
-    return np.asarray(array)
+    # A view may be of our own moments, from opt.state, and be overwritten before it is read.
+    is_view = isinstance(value, np.ndarray) and not value.flags.owndata
+    return np.array(array) if is_view else np.asarray(array)
 
 
 def _plain(value: Any) -> Any:

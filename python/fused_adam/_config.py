@@ -11,6 +11,8 @@ from fused_adam import _core
 # changes the id.
 NUMERICS: Final = "adam-1"
 
+_MANY_THREADS: Final = 4096
+
 
 def _isa() -> str:
     name = os.environ.get("FUSED_ADAM_ISA")
@@ -26,8 +28,11 @@ def _max_threads() -> int:
     text = os.environ.get("FUSED_ADAM_NUM_THREADS")
     if not text:
         return 0
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"environment variable FUSED_ADAM_NUM_THREADS must be a number >= 1, got {text!r}.")
+    if not text.isdecimal() or not 1 <= int(text) <= _MANY_THREADS:
+        raise ValueError(
+            f"environment variable FUSED_ADAM_NUM_THREADS must be a number from 1 to {_MANY_THREADS}, "
+            f"got {text!r}."
+        )
     return int(text)
 
 
@@ -44,6 +49,8 @@ def max_threads(num_threads: int | None) -> int:
         raise TypeError(f"num_threads must be an int or None, got {num_threads!r}.")
     if num_threads < 1:
         raise ValueError(f"num_threads must be >= 1 or None, got {num_threads}.")
+    if num_threads > _MANY_THREADS:
+        raise ValueError(f"num_threads must be at most {_MANY_THREADS}, got {num_threads}.")
     return num_threads
 
 
@@ -56,12 +63,12 @@ def show_config() -> dict[str, Any]:
         ``version``; ``numerics``, the id of the formula (equal ids give equal bits); ``isa``, the
         instruction set that steps use, ``isas_supported`` by this machine and ``isas_compiled``, best
         first; ``num_threads``, the most that a step uses, and ``cpus`` that this process may use;
-        ``openmp``, the date of the OpenMP standard it was built with, or None; ``compiler``; and
-        the ``environment`` variables that are set of those that count.
+        ``openmp``, the date of the OpenMP standard that it was built with, whose limits on threads are
+        honoured, or None; ``compiler``; and ``environment``, the variables that count and are set.
 
     Notes
     -----
-    ``python -m fused_adam`` prints it. Nothing else in the package prints.
+    ``python -m fused_adam`` prints it. The library itself prints nothing.
     """
     variables = ("FUSED_ADAM_ISA", "FUSED_ADAM_NUM_THREADS", "OMP_NUM_THREADS")
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from fused_adam import _core
 
 Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
@@ -34,9 +36,9 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
                 problem = f"names the parameters {found}: use the index" if found else "is no parameter"
                 raise KeyError(f"{key!r} {problem}")
             key = found[0]
-        if not 0 <= key < len(self._core):
+        if not isinstance(key, (int, np.integer)) or not 0 <= key < len(self._core):
             raise KeyError(key)
-        return self._core.state(key)
+        return self._core.state(int(key))
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self._core)))

@@ -176,14 +176,19 @@ class Adam:
 
     @property
     def grads(self) -> Any:
-        """Gradient buffers in the structure of `params`, zeros at first; made on first use.
+        """Gradients in the structure of `params`: buffers of zeros, made on first use, or what you set.
 
         ``opt.zero_grad()``, then ``opt.grads["w"] += ...``, then ``opt.step()``.
         """
         if self._grads is None:
+            self._core.check_groups(self.param_groups)
             trees = [self._new_grads(i) for i in range(len(self.param_groups))]
             self._grads = trees if self._grouped else trees[0]
         return self._grads
+
+    @grads.setter
+    def grads(self, grads: Any) -> None:
+        self._grads = grads  # checked by each step, like any; `opt.grads += g` on one array ends here
 
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
@@ -204,6 +209,7 @@ class Adam:
         TypeError, ValueError
             As at construction. The optimizer is as it was then.
         """
+        self._core.check_groups(self.param_groups)
         had_one_tree = not self._grouped
         self._grouped = True
         try:
@@ -257,6 +263,7 @@ class Adam:
         on with the same bits: the options say ``fused=True``, as these numbers are.
         """
         with self._core:
+            self._core.check_groups(self.param_groups)
             return _checkpoint.state_dict(self._core, self.param_groups, self._names())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, keep_lr: bool = False) -> None:
@@ -277,6 +284,7 @@ class Adam:
             range, something missing or unknown. Nothing has changed then.
         """
         with self._core:
+            self._core.check_groups(self.param_groups)
             _checkpoint.load_state_dict(
                 self._core,
                 self.param_groups,
@@ -300,6 +308,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._core:
+            self._core.check_groups(self.param_groups)
             saved = {
                 "trees": [
                     self._core.structure(i).unflatten(list(group["params"]))
@@ -313,8 +322,10 @@ class Adam:
         self.__dict__.update(state)
         saved = state["_core"]
         self._core = self._new_core()
+        self.param_groups = [dict(group) for group in self.param_groups]  # not those of a shallow copy
         for i, (group, tree) in enumerate(zip(self.param_groups, saved["trees"], strict=True)):
-            group["params"] = self._core.add_group(_core.Structure(tree), self._root(i), group["amsgrad"])
+            structure = _core.Structure(tree)
+            group["params"] = self._core.add_group(structure, self._root(i), group["amsgrad"], frozen=True)
         _checkpoint.restore_state(self._core, saved["state"])
 
     # --- private ---

@@ -61,8 +61,13 @@ def adam_step(
     >>> param
     array([1.999, 2.001])
     """
-    if isinstance(step, bool):
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
         raise TypeError(f"step must be an int, got {step!r}.")
+    step = operator.index(step)
+    if step < 1:
+        raise ValueError(f"step must be >= 1, got {step}.")
+    if step >= 2**63:
+        raise ValueError(f"step must be < 2**63, got {step}.")
     options = {
         "lr": lr,
         "betas": betas,
@@ -76,7 +81,7 @@ def adam_step(
         _config.ISA,
         _config.max_threads(num_threads),
         options,
-        operator.index(step),
+        step,
         param,
         grad,
         exp_avg,
