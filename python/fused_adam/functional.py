@@ -64,10 +64,8 @@ def adam_step(
     if isinstance(step, bool) or not hasattr(step, "__index__"):
         raise TypeError(f"step must be an int, got {step!r}.")
     step = operator.index(step)
-    if step < 1:
-        raise ValueError(f"step must be >= 1, got {step}.")
-    if step >= 2**63:
-        raise ValueError(f"step must be < 2**63, got {step}.")
+    if not 1 <= step < 2**63:
+        raise ValueError(f"step must be >= 1 and < 2**63, got {step}.")
     options = {
         "lr": lr,
         "betas": betas,

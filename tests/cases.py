@@ -1,0 +1,161 @@
+"""Tables and helpers that the tests share."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from fused_adam import _core
+
+DTYPES = (np.float32, np.float64)
+LINE = 64  # bytes of a cache line, and of the widest vector
+
+# --- options ---------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+    "decoupled_weight_decay": False,
+}
+_DECAYS = {
+    "plain": {},
+    "l2": {"weight_decay": 0.03},
+    "decoupled": {"weight_decay": 0.03, "decoupled_weight_decay": True},
+}
+# The average of the gradient is computed in two ways: 0.5 is where one gives way to the other.
+_BETA1 = (0.0, 0.3, 0.5, 0.9)
+
+
+def _options() -> dict[str, dict[str, Any]]:
+    """All options, each alone and all of them combined, by a name that says which."""
+    table = {}
+    for decay, amsgrad, maximize, beta1 in itertools.product(_DECAYS, (False, True), (False, True), _BETA1):
+        words = [decay] + ["amsgrad"] * amsgrad + ["maximize"] * maximize + [f"beta1={beta1}"]
+        betas = (beta1, 0.999)
+        flags = {"amsgrad": amsgrad, "maximize": maximize, "betas": betas}
+        table["-".join(words)] = {**DEFAULTS, **_DECAYS[decay], **flags}
+    for name, options in {
+        "lr=0": {"lr": 0.0},
+        "lr=0-decoupled": {"lr": 0.0, **_DECAYS["decoupled"]},
+        "large-lr": {"lr": 12.5},
+        "eps=0": {"eps": 0.0},
+        "large-eps": {"eps": 0.1},
+        "beta1=0.5+1e-12": {"betas": (0.5 + 1e-12, 0.999)},  # as a float32, 1 - beta1 is 0.5
+        "beta2=0": {"betas": (0.9, 0.0)},
+        "beta2=0.5-amsgrad": {"betas": (0.9, 0.5), "amsgrad": True},
+        "betas=0": {"betas": (0.0, 0.0)},
+        "decoupled-of-0": {"decoupled_weight_decay": True},
+        "decoupled-to-0": {"lr": 1.0, "weight_decay": 1.0, "decoupled_weight_decay": True},
+    }.items():
+        table[name] = {**DEFAULTS, **options}
+    return table
+
+
+OPTIONS = _options()
+# One for each piece of code that the options choose between: form of the kernel, form of the average.
+FORMS = tuple(
+    f"{decay}{amsgrad}-beta1={beta1}"
+    for decay, amsgrad, beta1 in itertools.product(("plain", "l2"), ("", "-amsgrad"), (0.3, 0.9))
+)
+
+
+def all_isas() -> list[str]:
+    """The instruction sets that this machine runs, best first."""
+    return _core.supported_isas()
+
+
+each_isa = pytest.mark.parametrize("isa", all_isas())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+each_options = pytest.mark.parametrize("name", OPTIONS)  # a key of OPTIONS
+each_form = pytest.mark.parametrize("name", FORMS)  # likewise
+
+# --- arrays ----------------------------------------------------------------------------------------
+
+
+class Arrays(NamedTuple):
+    """What a step works on. The order is that of the arguments of `_core.adam_step`."""
+
+    param: np.ndarray
+    grad: np.ndarray
+    exp_avg: np.ndarray
+    exp_avg_sq: np.ndarray
+    max_exp_avg_sq: np.ndarray
+
+    def copy(self) -> Arrays:
+        return Arrays(*map(np.copy, self))
+
+    def step(self, options: dict[str, Any], step: int, isa: str | None = None, max_threads: int = 1) -> None:
+        _core.adam_step(isa or all_isas()[0], max_threads, options, step, *self)
+
+
+def random_arrays(size: int, dtype: Any, seed: int = 0) -> Arrays:
+    """As in the middle of a training, but with magnitudes of many orders."""
+    rng = np.random.default_rng(seed)
+    spread = 10.0 ** rng.uniform(-6, 1, (5, size))
+    param, grad, exp_avg, root, max_root = (spread * rng.standard_normal((5, size))).astype(dtype)
+    return Arrays(param, grad, exp_avg, root * root, max_root * max_root)
+
+
+def empty_at(offset: int, size: int, dtype: Any) -> np.ndarray:
+    """An array that begins `offset` bytes after a multiple of 64 bytes."""
+    itemsize = np.dtype(dtype).itemsize
+    assert offset % itemsize == 0, "would be unaligned"
+    memory = np.empty(size * itemsize + offset + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE + offset
+    return memory[start : start + size * itemsize].view(dtype)
+
+
+def offsets(dtype: Any) -> range:
+    """Where an aligned array can begin within a line, in bytes."""
+    return range(0, LINE, np.dtype(dtype).itemsize)
+
+
+def awkward_sizes(dtype: Any) -> list[int]:
+    """Every size up to four of the widest vectors, then around powers of two."""
+    width = LINE // np.dtype(dtype).itemsize
+    return [*range(4 * width + 2), 127, 128, 129, 1000, 1023, 1024, 1025, 4099]
+
+
+def awkward_values(dtype: Any) -> np.ndarray:
+    info = np.finfo(dtype)
+    subnormal = info.smallest_subnormal
+    largest_subnormal = np.nextafter(info.smallest_normal, dtype(0))
+    huge_root = np.sqrt(info.max)
+    positive = [0, subnormal, 3 * subnormal, largest_subnormal, info.smallest_normal, np.sqrt(info.tiny)]
+    positive += [info.eps, 0.1, 1, 1 + info.eps, 3, huge_root, info.max, np.inf]
+    values = np.array(positive, dtype)
+    return np.concatenate([values, -values, np.array([np.nan], dtype)])
+
+
+# --- comparison ------------------------------------------------------------------------------------
+
+
+def assert_same_bits(actual: Any, expected: Any, what: str = "array") -> None:
+    """Equal to the last bit, signs of zeros included; any NaN equals any other."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    actual, expected = actual.ravel(), expected.ravel()
+    bits = f"u{actual.dtype.itemsize}"
+    differ = actual.view(bits) != expected.view(bits)
+    differ &= ~(np.isnan(actual) & np.isnan(expected))
+    if differ.any():
+        i = int(np.argmax(differ))
+        got, want = actual[i], expected[i]
+        raise AssertionError(
+            f"{what}: {differ.sum()} of {differ.size} elements differ, first [{i}]: "
+            f"{got!r} = {float(got).hex()}, expected {want!r} = {float(want).hex()}"
+        )
+
+
+def assert_same_arrays(actual: Any, expected: Any, what: str = "") -> None:
+    """The same for all arrays of a step; `expected` may be what `reference.adam` returns."""
+    names = Arrays._fields if len(expected) == len(Arrays._fields) else ("param", *Arrays._fields[2:])
+    for name, want in zip(names, expected, strict=True):
+        assert_same_bits(getattr(actual, name), want, f"{what} {name}".strip())

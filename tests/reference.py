@@ -1,0 +1,176 @@
+"""The formula in plain NumPy, to the last bit: what every kernel is compared with.
+
+Slow and obvious where the kernels are fast. Nothing here comes from the package.
+"""
+
+from __future__ import annotations
+
+import decimal
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+_DECIMAL = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
+
+
+class Coefficients(NamedTuple):
+    """What one step needs of the options, each computed in float64 and narrowed once."""
+
+    grad_sign: np.floating
+    l2_decay: np.floating
+    param_decay: np.floating
+    one_minus_beta1: np.floating
+    one_minus_beta2: np.floating
+    beta2: np.floating
+    sqrt_correction2: np.floating
+    eps: np.floating
+    neg_step_size: np.floating
+
+
+def adam(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    *,
+    step,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    amsgrad,
+    maximize,
+    decoupled_weight_decay,
+):
+    """One step: the new param, exp_avg, exp_avg_sq and max_exp_avg_sq (without amsgrad: the old one)."""
+    k = coefficients(
+        param.dtype,
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        decoupled_weight_decay=decoupled_weight_decay,
+    )
+    with np.errstate(all="ignore"):
+        grad = grad * k.grad_sign
+        if weight_decay != 0 and not decoupled_weight_decay:
+            grad = fma(param, k.l2_decay, grad)
+        param = param * k.param_decay
+        exp_avg = lerp(exp_avg, grad, k.one_minus_beta1)
+        exp_avg_sq = fma(k.one_minus_beta2 * grad, grad, exp_avg_sq * k.beta2)
+        second_moment = exp_avg_sq
+        if amsgrad:
+            keep = (max_exp_avg_sq > exp_avg_sq) | np.isnan(max_exp_avg_sq)
+            second_moment = max_exp_avg_sq = np.where(keep, max_exp_avg_sq, exp_avg_sq)
+        denominator = np.sqrt(second_moment) / k.sqrt_correction2 + k.eps
+        param = param + k.neg_step_size * exp_avg / denominator
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupled_weight_decay):
+    beta1, beta2 = betas
+    narrow = np.dtype(dtype).type
+    with np.errstate(over="ignore", under="ignore"):
+        return Coefficients(
+            grad_sign=narrow(-1 if maximize else 1),
+            l2_decay=narrow(weight_decay),
+            param_decay=narrow(1 - lr * weight_decay if decoupled_weight_decay else 1),
+            one_minus_beta1=narrow(1 - beta1),
+            one_minus_beta2=narrow(1 - beta2),
+            beta2=narrow(beta2),
+            sqrt_correction2=narrow(math.sqrt(1 - power(beta2, step))),
+            eps=narrow(eps),
+            neg_step_size=narrow(-lr / (1 - power(beta1, step))),
+        )
+
+
+def power(base, exponent):
+    """base**exponent, correctly rounded; the C library's pow need not be."""
+    return float(_DECIMAL.power(decimal.Decimal(base), exponent))
+
+
+def lerp(start, end, weight):
+    """start + weight * (end - start), from the end that is nearer: torch.lerp."""
+    if weight < 0.5:
+        return fma(weight, end - start, start)
+    return fma(weight - weight.dtype.type(1), end - start, end)
+
+
+# --- a * b + c with one rounding -------------------------------------------------------------------
+#
+# Both round the exact sum "to odd" first: to the neighbour whose last bit is 1, where it is not exact.
+# With two bits to spare, the odd bit then breaks or keeps every tie of the one real rounding after it
+# (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+
+
+def fma(a, b, c):
+    return (fma32 if np.asarray(c).dtype == np.float32 else fma64)(a, b, c)
+
+
+def fma32(a, b, c):
+    with np.errstate(all="ignore"):
+        product = np.multiply(a, b, dtype=np.float64)  # exact: 24 and 24 bits
+        return round_to_odd(*two_sum(product, np.float64(c))).astype(np.float32)
+
+
+def fma64(a, b, c):
+    with np.errstate(all="ignore"):
+        # Fractions and exponents apart, so that nothing in between can overflow or underflow.
+        (a, a_exponent), (b, b_exponent), (c, c_exponent) = map(np.frexp, (a, b, c))
+        product, product_low = two_product(a, b)
+
+        # All is computed in units of 2**scale. What lies far enough below the rest, or below the smallest
+        # subnormal number, only breaks a tie: it may as well lie a little less far below.
+        product_exponent = np.where(product == 0, c_exponent, a_exponent + b_exponent)
+        c_exponent = np.where(c == 0, product_exponent, c_exponent)
+        scale = np.maximum(np.maximum(product_exponent, c_exponent - 120), -1200)
+        c = np.ldexp(c, np.maximum(c_exponent - scale, -120))
+        plain = product + c  # right where the result is 0, infinite or NaN, signs included
+
+        c, c_low = two_sum(c, product_low)
+        high, low = two_sum(product, c)
+        low = round_to_odd(*two_sum(low, c_low))
+        total = high + low  # rounded once, as if there were no smallest exponent
+
+        # The last bit of a subnormal result is that of the smallest normal number: as part of a sum with
+        # it, a result loses the bits that it cannot have.
+        smallest_normal = np.ldexp(1.0, -1022 - scale)
+        bias = np.copysign(smallest_normal, total)
+        high, high_low = two_sum(bias, high)
+        subnormal = high + round_to_odd(*two_sum(high_low, low)) - bias
+
+        is_subnormal = np.abs(total) < smallest_normal
+        result = np.ldexp(np.where(is_subnormal, np.copysign(subnormal, total), total), scale)
+        return np.where((total == 0) | ~np.isfinite(plain), plain, result)
+
+
+def two_sum(a, b):
+    """a + b as an unevaluated sum of its rounded value and the exact error (Knuth)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def two_product(a, b):
+    """a * b likewise (Dekker), for factors and products far from the ends of the exponent range."""
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+
+
+def split(a):
+    """float64 as a sum of two numbers with 26 bits each (Veltkamp)."""
+    scaled = a * (2.0**27 + 1)
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+def round_to_odd(total, error):
+    """total + error, of two_sum, rounded to odd."""
+    inexact = (error != 0) & np.isfinite(total)
+    is_even = np.asarray(total).view(np.int64) & 1 == 0
+    return np.where(inexact & is_even, np.nextafter(total, np.copysign(np.inf, error)), total)

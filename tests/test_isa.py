@@ -1,0 +1,174 @@
+"""All instruction sets give the same bits, and the environment chooses among them or is refused."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cases import all_isas, assert_same_arrays, awkward_values, each_dtype, random_arrays
+from fused_adam import _core, show_config
+
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def random_options(rng):
+    return {
+        "lr": float(10 ** rng.uniform(-6, 1)),
+        "betas": (float(rng.choice([0.0, rng.uniform(), 0.9])), float(1 - 10 ** rng.uniform(-7, 0))),
+        "eps": float(rng.choice([0.0, 10 ** rng.uniform(-12, 0)])),
+        "weight_decay": float(rng.choice([0.0, 10 ** rng.uniform(-6, 0)])),
+        "amsgrad": bool(rng.integers(2)),
+        "maximize": bool(rng.integers(2)),
+        "decoupled_weight_decay": bool(rng.integers(2)),
+    }
+
+
+@each_dtype
+@pytest.mark.parametrize("seed", range(50))
+def test_all_isas_agree(seed, dtype):
+    rng = np.random.default_rng(seed)
+    options = random_options(rng)
+    start = random_arrays(1000 + seed, dtype, seed)
+    for array in start:  # among ordinary neighbours, some special values
+        array[rng.integers(0, array.size, 50)] = rng.choice(awkward_values(dtype), 50)
+    first, *others = [start.copy() for _ in all_isas()]
+    for step in (1, 2, int(10 ** rng.uniform(1, 6))):
+        for isa, arrays in zip(all_isas(), (first, *others), strict=True):
+            arrays.step(options, step, isa)
+        for isa, arrays in zip(all_isas()[1:], others, strict=True):
+            assert_same_arrays(arrays, first, f"{isa}, {options}, step {step}:")
+
+
+def test_the_table_of_isas():
+    assert _core.compiled_isas()[-1] == "scalar"
+    assert set(all_isas()) <= set(_core.compiled_isas())
+    assert all_isas() == [isa for isa in _core.compiled_isas() if isa in all_isas()]  # best first
+    if IS_X86:
+        assert "avx2" in _core.compiled_isas()
+        assert "neon" not in _core.compiled_isas()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo") or not IS_X86, reason="needs Linux on x86-64")
+def test_detection_agrees_with_linux():
+    """Linux lists a feature when the CPU has it and the system saves its registers."""
+    with open("/proc/cpuinfo") as cpuinfo:
+        flags = next(set(line.split()) for line in cpuinfo if line.startswith("flags"))
+    needs = {
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+        "avx2": {"avx2", "fma", "f16c"},
+        "scalar": set(),
+    }
+    assert all_isas() == [isa for isa in _core.compiled_isas() if needs[isa] <= flags]
+
+
+# --- the environment -------------------------------------------------------------------------------
+
+
+def run(code, **variables):
+    """The finished process of a Python that runs this code, with no other settings than these."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_ADAM_")}
+    command, environment = [sys.executable, "-c", code], {**environment, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def import_with(**variables):
+    """What show_config() says in a new process, or the last line of the error that it ends with."""
+    process = run("import json, fused_adam; print(json.dumps(fused_adam.show_config()))", **variables)
+    if process.returncode == 0:
+        return json.loads(process.stdout)
+    return process.stderr.strip().splitlines()[-1]
+
+
+def test_without_variables_the_best_isa_is_taken():
+    config = import_with()
+    assert config["isa"] == config["isas_supported"][0] == all_isas()[0]
+    assert config["environment"] == {}
+
+
+@pytest.mark.parametrize("isa", all_isas())
+def test_an_isa_is_forced(isa):
+    config = import_with(FUSED_ADAM_ISA=isa)
+    assert config["isa"] == isa
+    assert config["environment"]["FUSED_ADAM_ISA"] == isa
+
+
+TIME_OF_A_STEP = """
+import time
+import numpy as np
+from fused_adam import Adam
+
+optimizer, grad = Adam(np.ones(8192, np.float32), num_threads=1), np.ones(8192, np.float32)
+times = []
+for _ in range(300):
+    start = time.perf_counter()
+    optimizer.step(grad)
+    times.append(time.perf_counter() - start)
+print(min(times))
+"""
+
+
+@pytest.mark.skipif(not IS_X86, reason="elsewhere a compiler can make vector code of the scalar kernel")
+@pytest.mark.parametrize("isa", [isa for isa in all_isas() if isa != "scalar"])
+def test_a_forced_isa_is_the_one_that_runs(isa):
+    """All give the same bits; but the scalar kernel, which calls fmaf for every element, is slower by 8."""
+    vector, scalar = (float(run(TIME_OF_A_STEP, FUSED_ADAM_ISA=name).stdout) for name in (isa, "scalar"))
+    assert vector < scalar / 2
+
+
+def test_an_empty_variable_counts_as_unset():
+    config = import_with(FUSED_ADAM_ISA="", FUSED_ADAM_NUM_THREADS="")
+    assert config["isa"] == all_isas()[0]
+    assert config["num_threads"] >= 1
+
+
+@pytest.mark.parametrize("isa", ["Scalar", "AVX2", "AVX512", "avx", "avx2 ", "sse2", "native", "avx2,scalar"])
+def test_an_unknown_isa_is_refused(isa):
+    error = import_with(FUSED_ADAM_ISA=isa)
+    assert isinstance(error, str), f"{isa!r} was taken for {error['isa']}"
+    assert error.startswith("ValueError: environment variable FUSED_ADAM_ISA")
+    assert repr(isa) in error
+    assert "scalar" in error  # what there is
+
+
+@pytest.mark.parametrize("isa", sorted({"avx512", "avx2", "neon"} - set(all_isas())))
+def test_an_unsupported_isa_is_refused(isa):
+    error = import_with(FUSED_ADAM_ISA=isa)
+    assert isinstance(error, str), f"{isa!r} was taken for {error['isa']}"
+    assert error.startswith("ValueError: environment variable FUSED_ADAM_ISA")
+    assert isa in error
+    with pytest.raises(ValueError, match=isa):
+        _core.isa_by_name(isa)
+
+
+def test_the_core_refuses_an_unknown_isa():
+    arrays = random_arrays(3, np.float32)
+    before = arrays.copy()
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    options |= dict.fromkeys(("amsgrad", "maximize", "decoupled_weight_decay"), False)
+    with pytest.raises(ValueError, match="sse9"):
+        arrays.step(options, 1, "sse9")
+    assert_same_arrays(arrays, before)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 1000])
+def test_the_number_of_threads_is_taken(threads):
+    config = import_with(FUSED_ADAM_NUM_THREADS=str(threads))
+    assert config["num_threads"] == threads
+    assert config["environment"]["FUSED_ADAM_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.0", "2 threads", "1e3", "+2", " 2", "0x2"])
+def test_a_bad_number_of_threads_is_refused(text):
+    error = import_with(FUSED_ADAM_NUM_THREADS=text)
+    assert isinstance(error, str), f"{text!r} was taken for {error['num_threads']}"
+    assert error.startswith("ValueError: environment variable FUSED_ADAM_NUM_THREADS")
+    assert repr(text) in error
+
+
+def test_this_process_uses_what_it_says():
+    config = show_config()
+    assert config["isa"] == (os.environ.get("FUSED_ADAM_ISA") or all_isas()[0])
+    assert config["isas_supported"] == all_isas()

@@ -1,0 +1,141 @@
+"""What holds for all options, values, sizes and step counts. Hypothesis looks for a counterexample."""
+
+import numpy as np
+import reference
+from cases import DTYPES, Arrays, all_isas, assert_same_arrays, assert_same_bits
+from fused_adam import Adam, adam_step
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+# The same examples in every run: what fails, fails again.
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=300)
+
+dtypes = st.sampled_from(DTYPES)
+threads = st.sampled_from([1, 2, 7])
+not_negative = st.floats(0, allow_infinity=False) | st.sampled_from([0.0, 1e-8, 1e-3, 0.01, 1.0])
+betas = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.999])
+flags = st.booleans()
+options = st.fixed_dictionaries(
+    {
+        "lr": not_negative,
+        "betas": st.tuples(betas, betas),
+        "eps": not_negative,
+        "weight_decay": not_negative,
+        "amsgrad": flags,
+        "maximize": flags,
+        "decoupled_weight_decay": flags,
+    }
+)
+step_numbers = st.integers(1, 100) | st.integers(1, 2**63 - 1)
+
+
+def matrices(dtype, rows, columns):
+    """Any numbers of that type, subnormal ones, infinities and NaN among them, and many ordinary ones."""
+    width = 8 * np.dtype(dtype).itemsize
+    elements = st.floats(width=width) | st.floats(-4, 4, width=width)
+    return st_numpy.arrays(dtype, (rows, columns), elements=elements, fill=st.nothing())
+
+
+@st.composite
+def streams(draw, max_size=40):
+    """The five arrays of a step."""
+    return Arrays(*draw(matrices(draw(dtypes), 5, draw(st.integers(0, max_size)))))
+
+
+@repeatable
+@given(streams(), options, step_numbers)
+def test_every_kernel_equals_the_reference(arrays, options, step):
+    expected = reference.adam(*arrays, step=step, **options)
+    for isa in all_isas():
+        result = arrays.copy()
+        result.step(options, step, isa)
+        assert_same_arrays(result, expected, isa)
+
+
+@st.composite
+def trainings(draw, max_size=40, steps=4):
+    """A parameter and its gradient in each step, which may be None."""
+    param, *grads = draw(matrices(draw(dtypes), steps + 1, draw(st.integers(0, max_size))))
+    missing = draw(st.sets(st.integers(0, steps - 1)))
+    return param, [None if i in missing else grad for i, grad in enumerate(grads)]
+
+
+def train(optimizer, grads):
+    for grad in grads:
+        optimizer.step([grad])
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key in actual:
+        assert_same_bits(actual[key], expected[key], key)
+
+
+@repeatable
+@given(trainings(), options, st.lists(st.integers(0, 40)), threads)
+def test_pieces_train_as_the_whole(training, options, cuts, threads):
+    param, grads = training
+    cuts = sorted(min(cut, param.size) for cut in cuts)
+    whole = [param.copy()]
+    pieces = np.split(param.copy(), cuts)
+    train(Adam(whole, **options, num_threads=1), grads)
+    optimizer = Adam(pieces, **options, num_threads=threads)
+    for grad in grads:
+        optimizer.step([None] * len(pieces) if grad is None else np.split(grad, cuts))
+    assert_same_bits(np.concatenate(pieces), whole[0])
+
+
+@repeatable
+@given(trainings(), options, st.integers(0, 4), st.integers(0, 4))
+def test_save_and_resume_anywhere(training, options, first, second):
+    """Two interruptions; each time a new optimizer goes on with what the last one saved."""
+    param, grads = training
+    first, second = sorted((first, second))
+    uninterrupted, resumed = [param.copy()], [param.copy()]
+    expected = Adam(uninterrupted, **options)
+    train(expected, grads)
+
+    optimizer = Adam(resumed, **options)
+    train(optimizer, grads[:first])
+    for part in (grads[first:second], grads[second:]):
+        saved = optimizer.state_dict()
+        resumed = [resumed[0].copy()]
+        optimizer = Adam(resumed)
+        optimizer.load_state_dict(saved)
+        train(optimizer, part)
+    assert_same_bits(resumed[0], uninterrupted[0])
+    assert_same_state(optimizer.state[0], expected.state[0])
+
+
+@repeatable
+@given(trainings(), options)
+def test_the_class_is_the_function(training, options):
+    """Adam keeps moments and counts; adam_step leaves both to its caller."""
+    param, grads = training
+    trained, stepped = [param.copy()], param.copy()
+    optimizer = Adam(trained, **options)
+    train(optimizer, grads)
+
+    state = {name: np.zeros_like(param) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    step = 0
+    for grad in grads:
+        if grad is not None:
+            step += 1
+            adam_step(stepped, grad, step=step, **state, **options)
+    assert_same_bits(trained[0], stepped)
+    if not options["amsgrad"]:
+        del state["max_exp_avg_sq"]
+    assert_same_state(optimizer.state[0], {"step": step, **state})
+
+
+@repeatable
+@given(streams(), options, step_numbers)
+def test_elements_do_not_know_each_other(arrays, options, step):
+    """In another order they are updated to the same values: all lanes of all vectors are alike."""
+    order = np.random.default_rng(0).permutation(arrays.param.size)
+    expected = arrays.copy()
+    expected.step(options, step)
+    shuffled = Arrays(*(array[order] for array in arrays))
+    shuffled.step(options, step)
+    assert_same_arrays(shuffled, Arrays(*(array[order] for array in expected)))
