@@ -21,11 +21,11 @@ from cases import (
     offsets,
     random_arrays,
 )
-from fused_adam import Adam, show_config
+from fused_adam import Adam
 
-# The core cuts a step into parts of 1024 cache lines or more (csrc/parallel.cpp): this is 18 parts in
-# float32 and 36 in float64, and no multiple of a line.
-LARGE = 600_011  # more than enough for threads that sleep to be woken: see csrc/parallel.cpp
+# Large enough for threads to be started and woken, and no multiple of a cache line: csrc/parallel.cpp
+# does so from 32,768 lines on, 524,288 elements of float32.
+LARGE = 600_011
 THREADS = (1, 2, 3, 7)
 STEPS = 3
 
