@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
 from fused_adam import _core
 
 DTYPES = (np.float32, np.float64)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fused_adam import Adam, AdamW, StepInfo, __version__, adam_step, show_config
 from snapshots import (
     Scene,

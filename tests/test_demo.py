@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from fused_adam.demo import network
 
 PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}

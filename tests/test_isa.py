@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from cases import all_isas, assert_same_arrays, awkward_values, each_dtype, random_arrays
 from fused_adam import _core, show_config
 

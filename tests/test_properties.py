@@ -1,12 +1,13 @@
 """What holds for all options, values, sizes and step counts. Hypothesis looks for a counterexample."""
 
 import numpy as np
-import reference
-from cases import DTYPES, Arrays, all_isas, assert_same_arrays, assert_same_bits
-from fused_adam import Adam, adam_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+
+import reference
+from cases import DTYPES, Arrays, all_isas, assert_same_arrays, assert_same_bits
+from fused_adam import Adam, adam_step
 
 # The same examples in every run: what fails, fails again.
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=300)

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 import reference
 from cases import DEFAULTS, DTYPES, assert_same_bits, awkward_values, each_dtype
 from fused_adam import Adam, adam_step

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fused_adam import Adam, AdamW
 from snapshots import (
     Snapshot,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fused_adam import Adam
 from snapshots import (
     Scene,

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fused_adam import Adam, _core, adam_step, show_config
 from snapshots import assert_same_bits, assert_same_state, random_like, train
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from cases import assert_same_bits, each_dtype
 from fused_adam import Adam, AdamW
 
