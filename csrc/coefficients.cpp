@@ -27,6 +27,21 @@ DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
   return {high, error - (high - product)};
 }
 
+// The C library's pow depends on the library and on the CPU: glibc's differs between its FMA and
+// its plain variant in 67 of beta**1 ... beta**100000 for beta = 0.999. Squaring in double-double
+// is correctly rounded but for about one case in 2**30, so 1 - power(beta, t) is also what PyTorch
+// gets from glibc: equal for all t <= 100000 at beta = 0.9 and 0.999, all but 2 at 0.9995, 117 at
+// 0.999999.
+double power(double base, int64_t exponent) {
+  DoubleDouble result = {1.0, 0.0};
+  DoubleDouble square = {base, 0.0};
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) result = result * square;
+    square = square * square;
+  }
+  return result.high;
+}
+
 template <class T>
 StepCoefficients<T> narrow(const Coefficients<double>& k) {
   StepCoefficients<T> out;
@@ -46,21 +61,6 @@ StepCoefficients<T> narrow(const Coefficients<double>& k) {
 }
 
 }  // namespace
-
-// The C library's pow depends on the library and on the CPU: glibc's differs between its FMA and
-// its plain variant in 67 of beta**1 ... beta**100000 for beta = 0.999. Squaring in double-double
-// is correctly rounded but for about one case in 2**30, so 1 - power(beta, t) is also what PyTorch
-// gets from glibc: equal for all t <= 100000 at beta = 0.9 and 0.999, all but 2 at 0.9995, 117 at
-// 0.999999.
-double power(double base, int64_t exponent) {
-  DoubleDouble result = {1.0, 0.0};
-  DoubleDouble square = {base, 0.0};
-  for (; exponent > 0; exponent >>= 1) {
-    if (exponent & 1) result = result * square;
-    square = square * square;
-  }
-  return result.high;
-}
 
 CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   const DefaultFloatMode mode;

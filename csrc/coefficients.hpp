@@ -3,6 +3,10 @@
 
 #include <stdint.h>
 
+#if defined(__FAST_MATH__)
+#error "fused-adam promises bits, which -ffast-math and its kin do not keep"
+#endif
+
 namespace fused_adam {
 
 // The options of one parameter group. Names and meaning are PyTorch's.
@@ -46,8 +50,5 @@ struct CoefficientSet {
 // Computed in double and narrowed once, whatever the rounding mode of the caller. step counts
 // from 1.
 CoefficientSet coefficients(const HyperParameters& hyper, int64_t step);
-
-// base**exponent for 0 <= base < 1, in plain IEEE arithmetic: the same bits with every C library.
-double power(double base, int64_t exponent);
 
 }  // namespace fused_adam

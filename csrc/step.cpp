@@ -20,21 +20,20 @@ static_assert(kLineBytes == 16 * sizeof(float) && kLineBytes == 8 * sizeof(doubl
 
 void StepPlan::clear() {
   arrays_.clear();
-  coefficients_.clear();
+  rules_.clear();
 }
 
-size_t StepPlan::add_coefficients(const CoefficientSet& set) {
-  coefficients_.push_back(set);
-  return coefficients_.size() - 1;
+void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
+  const bool l2 = !hyper.decoupled_weight_decay && hyper.weight_decay != 0.0;
+  rules_.push_back({coefficients(hyper, step), {l2, hyper.amsgrad}});
 }
 
-void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, Form form,
-                         size_t coefficients) {
+void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype) {
   if (size == 0) return;
   const int64_t per_line = elements_per_line(dtype);
   const int64_t lines_before = arrays_.empty() ? 0 : arrays_.back().line_end;
   const int64_t lines = (size + per_line - 1) / per_line;
-  arrays_.push_back({streams, size, lines_before + lines, dtype, form, coefficients});
+  arrays_.push_back({streams, size, lines_before + lines, dtype, rules_.size() - 1});
 }
 
 void StepPlan::run(const KernelTable& kernels, int max_threads) noexcept {
@@ -54,8 +53,8 @@ void StepPlan::run_lines(const KernelTable& kernels, int64_t begin, int64_t end)
     const int64_t per_line = elements_per_line(array->dtype);
     const int64_t first = std::max<int64_t>(begin - line_begin, 0) * per_line;
     const int64_t last = std::min((end - line_begin) * per_line, array->size);
-    kernels.at(array->dtype, array->form)(array->streams, first, last,
-                                          coefficients_[array->coefficients]);
+    const Rule& rule = rules_[array->rule];
+    kernels.at(array->dtype, rule.form)(array->streams, first, last, rule.coefficients);
   }
 }
 

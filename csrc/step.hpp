@@ -16,13 +16,13 @@ class StepPlan {
   // Forgets the last step but keeps its memory: a plan that is used again allocates nothing.
   void clear();
 
-  // Coefficients are shared: arrays refer to them by the number that is returned.
-  size_t add_coefficients(const CoefficientSet& set);
+  // The arrays that are added next take this step, counted from 1, with these options.
+  void set_rule(const HyperParameters& hyper, int64_t step);
 
-  void add_array(const Streams& streams, int64_t size, DType dtype, Form form, size_t coefficients);
+  void add_array(const Streams& streams, int64_t size, DType dtype);
 
-  // Updates all arrays, in one parallel region over all of them together or in none. max_threads is
-  // what the caller allows, 0 for what the machine allows. Nothing in here can fail.
+  // Updates all arrays, cut among threads all together. max_threads is what the caller allows, 0
+  // for what the machine allows. Nothing in here can fail.
   void run(const KernelTable& kernels, int max_threads) noexcept;
 
  private:
@@ -31,14 +31,17 @@ class StepPlan {
     int64_t size;
     int64_t line_end;  // cache lines of param in this array and all before it
     DType dtype;
+    size_t rule;
+  };
+  struct Rule {
+    CoefficientSet coefficients;
     Form form;
-    size_t coefficients;
   };
 
   void run_lines(const KernelTable& kernels, int64_t begin, int64_t end) const noexcept;
 
   std::vector<ArrayUpdate> arrays_;
-  std::vector<CoefficientSet> coefficients_;
+  std::vector<Rule> rules_;
 };
 
 }  // namespace fused_adam

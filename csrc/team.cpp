@@ -6,11 +6,11 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <signal.h>
 #endif
 #if defined(__SSE2__) || defined(_M_X64)
 #include <immintrin.h>
@@ -35,12 +35,30 @@ constexpr std::chrono::microseconds kLookout{50};
 
 constexpr int kMaxThreads = kMaxChunks;
 
+// A thread inherits the mask of blocked signals. Helpers block all: a signal that the program waits
+// for in a thread of its own must not end up with one of them, and end the process.
+class NoSignals {
+#if defined(__unix__) || defined(__APPLE__)
+ public:
+  NoSignals() noexcept {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &saved_);
+  }
+  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
+
+ private:
+  sigset_t saved_;
+#endif
+};
+
 // What helpers need to know to take part, in one word: the number of the job, its chunks and
 // threads.
 struct Ticket {
   uint32_t job;
   uint16_t chunks, threads;
 };
+static_assert(std::atomic<Ticket>::is_always_lock_free);
 
 class Team {
  public:
@@ -66,12 +84,14 @@ class Team {
   // Starts helpers until there are that many, or until the system refuses one; returns their
   // number.
   int hire(int wanted) noexcept {
+    if (helpers_ >= wanted || (refused_ > 0 && --refused_ > 0)) return helpers_;
+    const NoSignals no_signals;
     try {
       for (; helpers_ < wanted; ++helpers_) {
         std::thread(&Team::help, this, helpers_ + 1, ticket_.load()).detach();
       }
-    } catch (const std::system_error&) {
-      // A limit on threads or memory: the step goes on with those it has.
+    } catch (...) {
+      refused_ = 1000;  // a limit on threads or memory: the step goes on with those it has
     }
     return helpers_;
   }
@@ -146,7 +166,8 @@ class Team {
   }
 
   std::atomic<bool> in_use_{false};
-  int helpers_ = 0;  // guarded by in_use_
+  int helpers_ = 0;  // guarded by in_use_, as is the next
+  int refused_ = 0;  // how many steps are still not to ask for another helper
   Job job_ = {};     // written before a ticket is issued; stays until all chunks are finished
   std::atomic<Ticket> ticket_{Ticket{0, 0, 0}};
   std::atomic<int> sleepers_{0};

@@ -36,20 +36,20 @@ struct ArrayFacts {
   int64_t bytes() const { return size * (dtype == kFloat32 ? 4 : 8); }
 };
 
+// To be called once, when the module is loaded, before anything else of this file.
+void load_array_types();
+
 // The facts of an ndarray (or memmap) of native, aligned float32 or float64 elements in C or
 // Fortran order. Anything else: TypeError for a wrong type or dtype, else ValueError.
 ArrayFacts array_facts(py::handle object, const Place& place);
 
-// ValueError where the array cannot be written.
-void require_writeable(py::handle array, const Place& place);
+// ValueError where the array cannot be written; reason goes on "... is read-only, but".
+void require_writeable(py::handle array, const Place& place, const char* reason);
 
 // Is the array as its param is? TypeError for another dtype, ValueError for another shape or
 // layout.
 void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& param,
                   const Place& param_place);
-
-// "(2, 3)"
-std::string shape_text(const ArrayFacts& facts);
 
 // A new view, so that what a caller does to its flags or shape does not reach the array itself.
 py::object fresh_view(const py::object& array);

@@ -4,14 +4,14 @@
 #include "../overlap.hpp"
 #include "../step.hpp"
 #include "arrays.hpp"
-#include "hyper.hpp"
+#include "options.hpp"
 
 namespace fused_adam {
 
 void adam_step(const std::string& isa, int max_threads, const py::dict& options, int64_t step,
                py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
                py::handle max_exp_avg_sq) {
-  const HyperParameters hyper = GroupReader().read(options, "");
+  const HyperParameters hyper = OptionReader().read(options, "");
   if (hyper.amsgrad && max_exp_avg_sq.is_none()) {
     throw py::value_error("amsgrad needs max_exp_avg_sq.");
   }
@@ -37,7 +37,7 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
     if (i == 0) param_facts = facts;
     require_like(facts, name, param_facts, {"", "param", ""});
     if (argument.written) {
-      require_writeable(argument.array, name);
+      require_writeable(argument.array, name, "a step updates it in place.");
       written.add(facts.data, facts.bytes(), i);
     }
     data[i] = facts.data;
@@ -55,9 +55,9 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
   }
 
   StepPlan plan;
-  const Form form = {!hyper.decoupled_weight_decay && hyper.weight_decay != 0.0, hyper.amsgrad};
-  plan.add_array({data[0], data[1], data[2], data[3], data[4]}, param_facts.size, param_facts.dtype,
-                 form, plan.add_coefficients(coefficients(hyper, step)));
+  plan.set_rule(hyper, step);
+  plan.add_array({data[0], data[1], data[2], data[3], data[4]}, param_facts.size,
+                 param_facts.dtype);
   const KernelTable& kernels = *isa_by_name(isa).kernels;
   const py::gil_scoped_release no_gil;
   plan.run(kernels, max_threads);

@@ -22,19 +22,20 @@ std::vector<std::string> isa_names(bool only_supported) {
 
 void bind(py::module_& m) {
   m.attr("__version__") = FUSED_ADAM_VERSION;
+  m.attr("numerics") = kNumerics;
   m.attr("compiler") = FUSED_ADAM_COMPILER;
   m.def("compiled_isas", [] { return isa_names(false); });
   m.def("supported_isas", [] { return isa_names(true); });
-  m.def(
-      "isa_by_name", [](const std::string& name) { return std::string(isa_by_name(name).name); },
-      py::arg("name"));
+  m.def("check_isa", [](const std::string& name) { isa_by_name(name); }, py::arg("name"));
   m.def("openmp_version", &openmp_version);
   m.def("max_threads", &max_threads_here);
   m.def("usable_cpus", &usable_cpus);
 
   m.def(
       "check_options",
-      [](const py::dict& options, const std::string& where) { GroupReader().read(options, where); },
+      [](const py::dict& options, const std::string& where) {
+        OptionReader().read(options, where);
+      },
       py::arg("options"), py::arg("where"));
   m.def("adam_step", &adam_step, py::arg("isa"), py::arg("max_threads"), py::arg("options"),
         py::arg("step"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
@@ -46,7 +47,6 @@ void bind(py::module_& m) {
       .def("unflatten",
            py::overload_cast<const std::vector<py::object>&>(&Structure::unflatten, py::const_),
            py::arg("leaves"))
-      .def_property_readonly("leaves", &Structure::leaves)
       .def_property_readonly("names", &Structure::names)
       .def_property_readonly("named", &Structure::named);
 
@@ -59,10 +59,9 @@ void bind(py::module_& m) {
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
       .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"), py::arg("grouped"))
       .def("zero", &Optimizer::zero, py::arg("grads"), py::arg("grouped"))
-      .def("structure", &Optimizer::structure, py::arg("group"), py::return_value_policy::copy)
       .def("state", &Optimizer::state, py::arg("index"))
       .def("set_step", &Optimizer::set_step, py::arg("index"), py::arg("step"))
-      .def("ensure_max_exp_avg_sq", &Optimizer::ensure_max_exp_avg_sq, py::arg("index"))
+      .def("make_max_exp_avg_sq", &Optimizer::make_max_exp_avg_sq, py::arg("indices"))
       .def("__enter__", &Optimizer::enter)
       .def("__exit__", [](Optimizer& self, const py::args&) { self.exit(); });
 }
@@ -72,5 +71,7 @@ void bind(py::module_& m) {
 
 PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   fused_adam::watch_forks();
+  fused_adam::load_array_types();
+  fused_adam::usable_cpus();  // reads the cgroup's files now, not in a step
   fused_adam::bind(m);
 }

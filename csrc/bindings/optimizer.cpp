@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "containers.hpp"
+
 namespace fused_adam {
 namespace {
 
@@ -54,8 +56,9 @@ Optimizer::Optimizer(const std::string& isa, int max_threads, py::object allocat
 void Optimizer::enter() {
   if (busy_.exchange(true, std::memory_order_acquire)) {
     throw std::runtime_error(
-        "this optimizer is in use by another thread; give each thread an optimizer of its own, or "
-        "guard this one with a lock.");
+        "this optimizer is in use: by another thread, by a call that this one is part of, or by a "
+        "thread that was inside a step when this process was forked. Give each thread an optimizer "
+        "of its own, or guard this one with a lock.");
   }
 }
 
@@ -80,18 +83,24 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
   groups_.push_back({std::move(structure), params, root,
                      "param_groups[" + std::to_string(index) + "]", first, count});
   try {
+    std::vector<size_t> indices;
     for (size_t i = 0; i < count; ++i) {
       Slot slot = {};
       slot.param = params[i];
       slot.group = index;
       slot.leaf = i;
       const Place name = place("", slot);
-      array_facts(slot.param, name);
-      if (!frozen) require_writeable(slot.param, name);
+      slot.state = array_facts(slot.param, name);
+      if (!frozen) {
+        require_writeable(slot.param, name,
+                          "is to be updated in place. Use a.setflags(write=True).");
+      }
+      indices.push_back(first + i);
+      const std::lock_guard<std::mutex> lock(slots_mutex_);
       slots_.push_back(std::move(slot));
     }
     index_memory();  // refuses params that overlap, before memory is spent on their state
-    const auto arrays = allocate(first, count, amsgrad ? 3 : 2);
+    const auto arrays = allocate(indices, amsgrad ? 3 : 2);
     for (size_t i = 0; i < count; ++i) {
       Slot& slot = slots_[first + i];
       slot.exp_avg = arrays[i][0];
@@ -104,6 +113,7 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
     index_memory();
     ready_ = slots_.size();
   } catch (...) {
+    const std::lock_guard<std::mutex> lock(slots_mutex_);
     slots_.resize(first);
     groups_.pop_back();
     memory_is_indexed_ = false;
@@ -112,35 +122,40 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
   return params;
 }
 
-std::vector<std::vector<py::object>> Optimizer::allocate(size_t first, size_t count,
+std::vector<std::vector<py::object>> Optimizer::allocate(const std::vector<size_t>& indices,
                                                          int streams) const {
   py::list params;
-  for (size_t i = first; i < first + count; ++i) params.append(slots_[i].param);
+  for (const size_t i : indices) params.append(slots_[i].param);
   const py::list made = allocate_(params, streams);
-  std::vector<std::vector<py::object>> arrays(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Slot& slot = slots_[first + i];
+  std::vector<std::vector<py::object>> arrays;
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const Slot& slot = slots_[indices[i]];
     const Place name = place("the state of ", slot);
+    arrays.emplace_back();
     for (py::handle array : made[i]) {
-      require_like(array_facts(array, name), name, array_facts(slot.param, place("", slot)),
-                   place("", slot));
-      require_writeable(array, name);
-      arrays[i].push_back(py::reinterpret_borrow<py::object>(array));
+      require_like(array_facts(array, name), name, slot.state, place("", slot));
+      require_writeable(array, name, "a step updates it in place.");
+      arrays.back().push_back(py::reinterpret_borrow<py::object>(array));
     }
   }
   return arrays;
 }
 
-void Optimizer::ensure_max_exp_avg_sq(size_t index) {
-  Slot& slot = slots_.at(index);
-  if (slot.max_exp_avg_sq) return;
-  set_max_exp_avg_sq(slot, allocate(index, 1, 1)[0][0]);
+void Optimizer::make_max_exp_avg_sq(const std::vector<size_t>& indices) {
+  std::vector<size_t> missing;
+  for (const size_t i : indices) {
+    if (!slots_.at(i).max_exp_avg_sq) missing.push_back(i);
+  }
+  if (missing.empty()) return;
+  const auto arrays = allocate(missing, 1);
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  for (size_t i = 0; i < missing.size(); ++i) set_max_exp_avg_sq(slots_[missing[i]], arrays[i][0]);
+  memory_is_indexed_ = false;
 }
 
 void Optimizer::set_max_exp_avg_sq(Slot& slot, const py::object& array) {
   slot.max_exp_avg_sq = array;
   slot.streams.max_exp_avg_sq = data_of(array);
-  memory_is_indexed_ = false;
 }
 
 void Optimizer::index_memory() {
@@ -148,9 +163,8 @@ void Optimizer::index_memory() {
   memory_.clear();
   for (size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
-    const ArrayFacts param = array_facts(slot.param, place("", slot));
-    memory_.add(param.data, param.bytes(), param_owner(i));
-    slot.indexed_data = param.data;
+    slot.indexed_data = data_of(slot.param);
+    memory_.add(slot.indexed_data, slot.state.bytes(), param_owner(i));
     for (void* moment :
          {slot.streams.exp_avg, slot.streams.exp_avg_sq, slot.streams.max_exp_avg_sq}) {
       if (moment != nullptr) memory_.add(moment, slot.state.bytes(), state_owner(i));
@@ -167,33 +181,38 @@ void Optimizer::index_memory() {
                         owner_text(a) + ". Every array that is updated needs memory of its own.");
 }
 
-void Optimizer::check_groups(py::handle param_groups) const {
+std::vector<py::dict> Optimizer::groups_in(py::handle param_groups) const {
   if (!PyList_Check(param_groups.ptr())) {
     throw py::type_error("param_groups must be a list, got " +
                          std::string(Py_TYPE(param_groups.ptr())->tp_name) + ".");
   }
-  const py::list list = py::reinterpret_borrow<py::list>(param_groups);
-  if (list.size() != groups_.size()) {
-    throw py::value_error("param_groups has " + std::to_string(list.size()) +
+  if (sequence_size(param_groups) != groups_.size()) {
+    throw py::value_error("param_groups has " + std::to_string(sequence_size(param_groups)) +
                           " groups, but the optimizer was given " + std::to_string(groups_.size()) +
                           ". Use add_param_group to add one.");
   }
+  std::vector<py::dict> dicts;
+  dicts.reserve(groups_.size());
   for (size_t i = 0; i < groups_.size(); ++i) {
-    const py::object entry = list[i];
+    const py::object entry = sequence_item(param_groups, i);
     if (!PyDict_Check(entry.ptr())) throw py::type_error(groups_[i].name + " must be a dict.");
-    if (PyDict_GetItem(entry.ptr(), params_key_.ptr()) != groups_[i].params.ptr()) {
+    if (!dict_item(entry, params_key_).is(groups_[i].params)) {
       throw py::value_error(groups_[i].name +
                             "['params'] was replaced; the arrays of a group are fixed. Use " +
                             "add_param_group, or make a new optimizer.");
     }
+    dicts.push_back(py::reinterpret_borrow<py::dict>(entry));
   }
+  return dicts;
 }
 
 void Optimizer::check_param(Slot& slot) {
   const Place name = place("", slot);
   const ArrayFacts param = array_facts(slot.param, name);
   require_like(param, name, slot.state, place("the state of ", slot));
-  require_writeable(slot.param, name);
+  require_writeable(slot.param, name,
+                    "a step updates it in place. Use a.setflags(write=True), or leave it out: None "
+                    "as its grad.");
   if (param.data != slot.indexed_data) memory_is_indexed_ = false;
   slot.streams.param = param.data;
 }
@@ -237,12 +256,27 @@ void Optimizer::flatten_grads(py::handle grads, bool grouped) {
   }
 }
 
-// All params before the first grad: a param that has moved changes what a grad may overlap.
-void Optimizer::check_arrays() {
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (!grads_[i].is_none()) check_param(slots_[i]);
+// One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.
+void Optimizer::check_and_plan() {
+  plan_.clear();
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const Group& group = groups_[g];
+    int64_t step = -1;  // of the rule that was set last; most params share one
+    for (size_t i = group.first; i < group.first + group.count; ++i) {
+      if (grads_[i].is_none()) continue;
+      Slot& slot = slots_[i];
+      check_param(slot);
+      check_grad(slot, grads_[i]);
+      if (slot.step + 1 != step) {
+        step = slot.step + 1;
+        plan_.set_rule(hypers_[g], step);
+      }
+      plan_.add_array(slot.streams, slot.state.size, slot.state.dtype);
+    }
   }
-  if (!memory_is_indexed_) index_memory();
+  if (memory_is_indexed_) return;
+  // A param has moved, perhaps onto a grad that was found free before it.
+  index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (!grads_[i].is_none()) check_grad(slots_[i], grads_[i]);
   }
@@ -250,48 +284,28 @@ void Optimizer::check_arrays() {
 
 // Where amsgrad was switched on since the last step, the maximum counts from now.
 bool Optimizer::make_missing_maxima() {
-  bool made = false;
+  std::vector<size_t> missing;
   for (size_t i = 0; i < slots_.size(); ++i) {
-    if (!hypers_[slots_[i].group].amsgrad || slots_[i].max_exp_avg_sq) continue;
-    ensure_max_exp_avg_sq(i);
-    made = true;
+    const Slot& slot = slots_[i];
+    const bool needed = hypers_[slot.group].amsgrad && !grads_[i].is_none();
+    if (needed && !slot.max_exp_avg_sq) missing.push_back(i);
   }
-  return made;
-}
-
-void Optimizer::make_plan() {
-  for (const Group& group : groups_) {
-    const HyperParameters& hyper = hypers_[static_cast<size_t>(&group - groups_.data())];
-    const Form form = {!hyper.decoupled_weight_decay && hyper.weight_decay != 0.0, hyper.amsgrad};
-    int64_t step = -1;  // of the coefficients that were added last; most params share one
-    size_t coefficients_index = 0;
-    for (size_t i = group.first; i < group.first + group.count; ++i) {
-      if (grads_[i].is_none()) continue;
-      const Slot& slot = slots_[i];
-      if (slot.step + 1 != step) {
-        step = slot.step + 1;
-        coefficients_index = plan_.add_coefficients(coefficients(hyper, step));
-      }
-      plan_.add_array(slot.streams, slot.state.size, slot.state.dtype, form, coefficients_index);
-    }
-  }
+  make_max_exp_avg_sq(missing);
+  return !missing.empty();
 }
 
 void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads, grouped);
-  check_groups(param_groups);
-  const py::list list = py::reinterpret_borrow<py::list>(param_groups);
-  for (size_t i = 0; i < groups_.size(); ++i) {
-    const py::object group = list[i];
-    hypers_.push_back(reader_.read(py::reinterpret_borrow<py::dict>(group), groups_[i].name));
+  const std::vector<py::dict> dicts = groups_in(param_groups);
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    hypers_.push_back(reader_.read(dicts[i], groups_[i].name));
   }
-  check_arrays();
+  check_and_plan();
   // The allocator is Python code, during which other threads run: what was checked is checked
   // again.
-  if (make_missing_maxima()) check_arrays();
-  make_plan();
+  if (make_missing_maxima()) check_and_plan();
   // From here on nothing can fail.
   {
     const py::gil_scoped_release no_gil;
@@ -308,18 +322,23 @@ void Optimizer::zero(py::handle grads, bool grouped) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
     check_grad(slots_[i], grads_[i]);
-    require_writeable(grads_[i], place("grad for ", slots_[i]));
+    require_writeable(grads_[i], place("grad for ", slots_[i]), "zero_grad() fills it.");
   }
+  const py::gil_scoped_release no_gil;
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
-    memset(data_of(grads_[i]), 0, static_cast<size_t>(slots_[i].state.bytes()));
+    void* const grad = const_cast<void*>(slots_[i].streams.grad);
+    memset(grad, 0, static_cast<size_t>(slots_[i].state.bytes()));
   }
 }
 
 py::dict Optimizer::state(size_t index) const {
-  if (index >= ready_) throw py::index_error("no such parameter");
-  const Slot slot =
-      slots_[index];  // a copy: Python code runs below, and a group may be added by it
+  Slot slot;
+  {
+    const std::lock_guard<std::mutex> lock(slots_mutex_);
+    if (index >= ready_) throw py::index_error("no such parameter");
+    slot = slots_[index];  // a copy: Python code runs below, and may add a group
+  }
   py::dict state;
   state["step"] = slot.step;
   state["exp_avg"] = fresh_view(slot.exp_avg);

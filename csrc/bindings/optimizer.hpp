@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -11,7 +12,7 @@
 #include "../overlap.hpp"
 #include "../step.hpp"
 #include "arrays.hpp"
-#include "hyper.hpp"
+#include "options.hpp"
 #include "structure.hpp"
 
 namespace fused_adam {
@@ -28,8 +29,8 @@ class Optimizer {
   py::tuple add_group(Structure structure, const std::string& root, bool amsgrad, bool frozen);
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their
-  // params.
-  void check_groups(py::handle param_groups) const;
+  // params. Needs exclusive use.
+  void check_groups(py::handle param_groups) const { groups_in(param_groups); }
 
   // One step. grads is like params or, if grouped, a sequence with an entry for each group.
   void step(py::handle grads, py::handle param_groups, bool grouped);
@@ -38,12 +39,12 @@ class Optimizer {
   void zero(py::handle grads, bool grouped);
 
   size_t size() const { return ready_; }
-  const Structure& structure(size_t group) const { return groups_.at(group).structure; }
   // {"step": int, "exp_avg": array, ...}, with views of the moments.
   py::dict state(size_t index) const;
+  // The next two need exclusive use.
   void set_step(size_t index, int64_t step) { slots_.at(index).step = step; }
-  // Makes the stream that amsgrad needs, where there is none yet.
-  void ensure_max_exp_avg_sq(size_t index);
+  // Makes the stream that amsgrad needs for all of these, where there is none yet, or for none.
+  void make_max_exp_avg_sq(const std::vector<size_t>& indices);
 
   // Exclusive use, as a context manager: RuntimeError where another thread has it.
   void enter();
@@ -53,7 +54,8 @@ class Optimizer {
   struct Slot {
     py::object param;
     py::object exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one may be null
-    ArrayFacts state;                                // of exp_avg, which nobody else can change
+    ArrayFacts state;                                // of exp_avg, which nobody else can change;
+                                                     // of param until there is one
     Streams streams;                                 // param and grad: of the step that runs
     int64_t step;
     const void* indexed_data;  // of param, when memory_ was made
@@ -71,25 +73,27 @@ class Optimizer {
 
   Place place(const char* role, const Slot& slot) const;
   std::string owner_text(int64_t owner) const;
-  // Has the caller's allocator make this many arrays for each of the slots [first, first + count).
-  std::vector<std::vector<py::object>> allocate(size_t first, size_t count, int streams) const;
-  void set_max_exp_avg_sq(Slot& slot, const py::object& array);
+  // Has the caller's allocator make this many arrays for each of the slots.
+  std::vector<std::vector<py::object>> allocate(const std::vector<size_t>& indices,
+                                                int streams) const;
+  static void set_max_exp_avg_sq(Slot& slot, const py::object& array);
   // Lists all written memory anew; ValueError where two of its arrays overlap.
   void index_memory();
+  std::vector<py::dict> groups_in(py::handle param_groups) const;
   void flatten_grads(py::handle grads, bool grouped);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
-  void check_arrays();
+  void check_and_plan();
   bool make_missing_maxima();
-  void make_plan();
 
   const KernelTable& kernels_;
   const int max_threads_;
   const py::object allocate_;
-  const GroupReader reader_;
+  const OptionReader reader_;
   const py::str params_key_;
+  mutable std::mutex slots_mutex_;  // of changes to slots_, other than by steps, against state()
   std::vector<Slot> slots_;
-  size_t ready_ = 0;  // slots that are whole; more while a group is being added
+  std::atomic<size_t> ready_{0};  // slots that are whole; more while a group is being added
   std::vector<Group> groups_;
   WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;

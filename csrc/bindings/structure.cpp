@@ -1,5 +1,7 @@
 #include "structure.hpp"
 
+#include "containers.hpp"
+
 namespace fused_adam {
 namespace {
 
@@ -24,40 +26,6 @@ py::object as_sequence(py::handle tree) {
   return is_iterable ? py::list(py::reinterpret_borrow<py::object>(tree))
                      : py::reinterpret_borrow<py::object>(tree);
 }
-
-// Null where the key is missing.
-py::object dict_item(py::handle dict, py::handle key) {
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* value = nullptr;
-  if (PyDict_GetItemRef(dict.ptr(), key.ptr(), &value) < 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-#else
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return py::reinterpret_borrow<py::object>(value);
-#endif
-}
-
-// Throws IndexError where another thread has shortened the list.
-py::object sequence_item(py::handle sequence, size_t i) {
-  const auto index = static_cast<py::ssize_t>(i);
-  PyObject* item;
-  if (PyTuple_Check(sequence.ptr())) {
-    item = PyTuple_GetItem(sequence.ptr(), index);
-    Py_XINCREF(item);
-  } else {
-#if PY_VERSION_HEX >= 0x030D0000
-    item = PyList_GetItemRef(sequence.ptr(), index);
-#else
-    item = PyList_GetItem(sequence.ptr(), index);
-    Py_XINCREF(item);
-#endif
-  }
-  if (item == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(item);
-}
-
-size_t sequence_size(py::handle sequence) { return static_cast<size_t>(Py_SIZE(sequence.ptr())); }
 
 }  // namespace
 
@@ -84,11 +52,15 @@ Structure::Node Structure::build(const py::object& tree, const std::string& path
   if (PyDict_Check(tree.ptr())) {
     node.kind = Node::kDict;
     named_ = true;
-    for (const auto& item : py::reinterpret_borrow<py::dict>(tree)) {
-      node.keys.push_back(py::reinterpret_borrow<py::object>(item.first));
-      node.children.push_back(build(py::reinterpret_borrow<py::object>(item.second),
-                                    path + "[" + repr_text(item.first) + "]",
-                                    prefix + py::str(item.first).cast<std::string>()));
+    // A list of the items, with references of its own: the keys below may run any code.
+    const py::object items = py::reinterpret_steal<py::object>(PyMapping_Items(tree.ptr()));
+    if (!items) throw py::error_already_set();
+    for (size_t i = 0; i < sequence_size(items); ++i) {
+      const py::object item = sequence_item(items, i);
+      const py::object key = sequence_item(item, 0), value = sequence_item(item, 1);
+      node.keys.push_back(key);
+      node.children.push_back(build(value, path + "[" + repr_text(key) + "]",
+                                    prefix + py::str(key).cast<std::string>()));
     }
   } else if (is_sequence(tree)) {
     node.kind = PyList_Check(tree.ptr()) ? Node::kList : Node::kTuple;

@@ -6,7 +6,7 @@
 //   v  = beta2 * v + (1 - beta2) * g**2
 //   p -= lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
 //
-// tests/reference.py is the same in NumPy. Whoever changes a rounding here changes the numerics id.
+// tests/reference.py is the same in NumPy. Whoever changes a rounding here changes kNumerics.
 #pragma once
 
 #include "../coefficients.hpp"

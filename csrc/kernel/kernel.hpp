@@ -10,6 +10,10 @@
 
 namespace fused_adam {
 
+// Names the formula, its roundings (adam_rule.hpp) and those of its coefficients
+// (coefficients.cpp): equal ids give equal bits. Whoever changes a rounding changes the id.
+constexpr char kNumerics[] = "adam-1";
+
 // The arrays of one parameter, all of one dtype and one length.
 struct Streams {
   void* param;

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _core
-from fused_adam._state import Names
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 _TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _MAX_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
+Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
 Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
 
 
@@ -28,20 +28,27 @@ def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names
             saved["param_names"] = group_names
         saved_groups.append(saved)
         first += len(group["params"])
-    return {"state": dict(enumerate(copy_state(core))), "param_groups": saved_groups}
+    amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
+    state = dict(enumerate(copy_state(core)))
+    for index, entry in state.items():
+        if amsgrad[index] and "max_exp_avg_sq" not in entry:  # switched on, and not stepped since
+            entry["max_exp_avg_sq"] = np.zeros_like(entry["exp_avg"])
+    return {"state": state, "param_groups": saved_groups}
 
 
 def copy_state(core: _core.Optimizer) -> list[Entry]:
     """The state of each parameter, as arrays of its own."""
     live = map(core.state, range(len(core)))
-    return [{name: np.array(value) for name, value in entry.items()} for entry in live]
+    return [
+        {name: np.array(value, np.int64 if name == "step" else None) for name, value in entry.items()}
+        for entry in live
+    ]
 
 
 def restore_state(core: _core.Optimizer, entries: list[Entry]) -> None:
     """Write checked entries into the optimizer; what an entry does not have becomes 0."""
-    for index, entry in enumerate(entries):  # memory first: the only thing that can fail
-        if "max_exp_avg_sq" in entry:
-            core.ensure_max_exp_avg_sq(index)
+    # Memory first: the only thing that can fail.
+    core.make_max_exp_avg_sq([i for i, entry in enumerate(entries) if "max_exp_avg_sq" in entry])
     for index, entry in enumerate(entries):
         live = core.state(index)
         for name in _MOMENTS:
@@ -79,8 +86,8 @@ def load_state_dict(
         new_options.append({**group, **options, **fixed_options})
         _core.check_options(new_options[i], where)
     _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
-    unknown = [key for key in saved_state if key not in set(ids)]
-    _require(not unknown, f"state_dict['state'] has entries of no group: {unknown}")
+    unknown = sorted(map(repr, set(saved_state).difference(ids)))
+    _require(not unknown, f"state_dict['state'] has entries of no group: {', '.join(unknown)}")
 
     amsgrad = [o["amsgrad"] for o, group in zip(new_options, groups, strict=True) for _ in group["params"]]
     entries = [
@@ -99,8 +106,7 @@ def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> li
     _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
     _require("params" in saved, f"{where} has no key 'params'")
     ids = saved["params"]
-    is_ids = _is_list(ids) and all(isinstance(key, Hashable) for key in ids)
-    _require(is_ids, f"{where}['params'] must be a list of indices", TypeError)
+    _require(_is_list(ids) and _all_hashable(ids), f"{where}['params'] must be a list of indices", TypeError)
     _require(len(ids) == count, f"{where} has {len(ids)} parameters, the optimizer has {count} there")
     saved_names = saved.get("param_names")
     if names is not None and saved_names is not None:
@@ -153,8 +159,7 @@ def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[A
     )
     _require(array.shape == like.shape, f"{where} has shape {array.shape}, the parameter {like.shape}")
     # A view may be of our own moments, from opt.state, and be overwritten before it is read.
-    is_view = isinstance(value, np.ndarray) and not value.flags.owndata
-    return np.array(array) if is_view else np.asarray(array)
+    return np.asarray(array) if array.flags.owndata else np.array(array)
 
 
 def _plain(value: Any) -> Any:
@@ -163,6 +168,14 @@ def _plain(value: Any) -> Any:
         return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
     is_scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
     return value.item() if is_scalar else value
+
+
+def _all_hashable(values: Iterable[Any]) -> bool:
+    try:
+        set(values)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_list(value: Any) -> bool:

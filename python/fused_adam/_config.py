@@ -7,10 +7,6 @@ from typing import Any, Final
 
 from fused_adam import _core
 
-# Names the formula of csrc/kernel/adam_rule.hpp. Equal ids give equal bits; any change of a rounding
-# changes the id.
-NUMERICS: Final = "adam-1"
-
 _MANY_THREADS: Final = 4096
 
 
@@ -19,9 +15,10 @@ def _isa() -> str:
     if not name:
         return _core.supported_isas()[0]
     try:
-        return _core.isa_by_name(name)
+        _core.check_isa(name)
     except ValueError as error:
         raise ValueError(f"environment variable FUSED_ADAM_ISA: {error}") from None
+    return name
 
 
 def _max_threads() -> int:
@@ -73,7 +70,7 @@ def show_config() -> dict[str, Any]:
     variables = ("FUSED_ADAM_ISA", "FUSED_ADAM_NUM_THREADS", "OMP_NUM_THREADS")
     return {
         "version": _core.__version__,
-        "numerics": NUMERICS,
+        "numerics": _core.numerics,
         "isa": ISA,
         "isas_supported": _core.supported_isas(),
         "isas_compiled": _core.compiled_isas(),

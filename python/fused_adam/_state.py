@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from fused_adam import _core
-
-Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
 
 
 class OptimizerState(Mapping[int | str, dict[str, Any]]):
@@ -18,16 +16,15 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
     Iteration goes over indices. A name that two groups use is refused: there the index decides.
     """
 
-    def __init__(self, core: _core.Optimizer, names: Names) -> None:
+    def __init__(self, core: _core.Optimizer, structures: Iterable[_core.Structure]) -> None:
         self._core = core
         self._indices: dict[str, list[int]] = {}
         index = 0
-        for group, group_names in enumerate(names):
-            for name in group_names or ():
-                self._indices.setdefault(name, []).append(index)
+        for structure in structures:
+            for name in structure.names:
+                if structure.named:
+                    self._indices.setdefault(name, []).append(index)
                 index += 1
-            if group_names is None:
-                index += len(core.structure(group))
 
     def __getitem__(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):

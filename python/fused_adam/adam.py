@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,6 +32,7 @@ class StepInfo(NamedTuple):
 
 
 _PLAIN_STEP: Final = StepInfo()
+_NOT_MADE: Final = ...  # gradient buffers of a group that was added after they were used
 
 
 class Adam:
@@ -140,10 +141,14 @@ class Adam:
         self._num_threads = num_threads
         self._grads: Any = None
         self._core = self._new_core()
+        self._structures: list[_core.Structure] = []
+        self._state: OptimizerState | None = None
+        if isinstance(params, Iterator):
+            params = list(params)
         self._grouped = _is_groups(params)
         groups: Any = params if self._grouped else [{"params": params}]
         for group in groups:
-            self._add_group(group)
+            self._add_group(group, self._grouped)
 
     def step(self, grads: Grads | Sequence[Grads] = None) -> StepInfo:
         """Update all parameters in place.
@@ -170,7 +175,7 @@ class Adam:
         if grads is None:
             if self._grads is None:
                 raise ValueError("step() needs grads: pass them, or fill the buffers opt.grads before it.")
-            grads = self._grads
+            grads = self.grads
         self._core.step(grads, self.param_groups, self._grouped)
         return _PLAIN_STEP
 
@@ -181,9 +186,15 @@ class Adam:
         ``opt.zero_grad()``, then ``opt.grads["w"] += ...``, then ``opt.step()``.
         """
         if self._grads is None:
-            self._core.check_groups(self.param_groups)
+            with self._core:
+                self._core.check_groups(self.param_groups)
             trees = [self._new_grads(i) for i in range(len(self.param_groups))]
             self._grads = trees if self._grouped else trees[0]
+        elif self._grouped:
+            # Those of groups that were added since.
+            for i, tree in enumerate(self._grads):
+                if tree is _NOT_MADE:
+                    self._grads[i] = self._new_grads(i)
         return self._grads
 
     @grads.setter
@@ -193,7 +204,7 @@ class Adam:
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
         if self._grads is not None:
-            self._core.zero(self._grads, self._grouped)
+            self._core.zero(self.grads, self._grouped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more arrays from now on.
@@ -209,17 +220,14 @@ class Adam:
         TypeError, ValueError
             As at construction. The optimizer is as it was then.
         """
-        self._core.check_groups(self.param_groups)
-        had_one_tree = not self._grouped
-        self._grouped = True
-        try:
-            self._add_group(param_group)
-        except BaseException:
-            self._grouped = not had_one_tree
-            raise
+        with self._core:
+            self._core.check_groups(self.param_groups)
+        trees = None
         if self._grads is not None:
-            trees = [self._grads] if had_one_tree else self._grads
-            self._grads = [*trees, self._new_grads(len(self.param_groups) - 1)]
+            trees = [*(self._grads if self._grouped else [self._grads]), _NOT_MADE]
+        self._add_group(param_group, grouped=True)
+        self._grouped = True
+        self._grads = trees
 
     @property
     def lr(self) -> float:
@@ -244,7 +252,9 @@ class Adam:
         ``opt.state["w"]`` is a dict with ``"step"``, an int, and live views ``"exp_avg"``,
         ``"exp_avg_sq"`` and, with amsgrad, ``"max_exp_avg_sq"``.
         """
-        return OptimizerState(self._core, self._names())
+        if self._state is None:
+            self._state = OptimizerState(self._core, self._structures)
+        return self._state
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint in the layout of PyTorch, with copies of all arrays.
@@ -311,21 +321,23 @@ class Adam:
             self._core.check_groups(self.param_groups)
             saved = {
                 "trees": [
-                    self._core.structure(i).unflatten(list(group["params"]))
-                    for i, group in enumerate(self.param_groups)
+                    structure.unflatten(list(group["params"]))
+                    for structure, group in zip(self._structures, self.param_groups, strict=True)
                 ],
                 "state": _checkpoint.copy_state(self._core),
             }
-        return {**self.__dict__, "_core": saved}
+        state = {**self.__dict__, "_core": saved}
+        del state["_structures"], state["_state"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         saved = state["_core"]
         self._core = self._new_core()
-        self.param_groups = [dict(group) for group in self.param_groups]  # not those of a shallow copy
-        for i, (group, tree) in enumerate(zip(self.param_groups, saved["trees"], strict=True)):
-            structure = _core.Structure(tree)
-            group["params"] = self._core.add_group(structure, self._root(i), group["amsgrad"], frozen=True)
+        self._structures = []
+        groups, self.param_groups = self.param_groups, []  # the dicts of a shallow copy stay its original's
+        for group, tree in zip(groups, saved["trees"], strict=True):
+            self._add_group({**group, "params": tree}, self._grouped, frozen=True)
         _checkpoint.restore_state(self._core, saved["state"])
 
     # --- private ---
@@ -333,31 +345,29 @@ class Adam:
     def _new_core(self) -> _core.Optimizer:
         return _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads), zeros_like_each)
 
-    def _add_group(self, param_group: Mapping[str, Any]) -> None:
-        index = len(self.param_groups)
-        where = f"param_groups[{index}]"
+    def _add_group(self, param_group: Mapping[str, Any], grouped: bool, frozen: bool = False) -> None:
+        where = f"param_groups[{len(self.param_groups)}]"
         if not isinstance(param_group, Mapping):
             raise TypeError(f"{where} must be a dict, got {type(param_group).__name__}.")
         if "params" not in param_group:
             raise ValueError(f"{where} has no key 'params'.")
         options = {**self.defaults, **param_group}
         _core.check_options(options, where)
+        # What messages call the params: an expression on what the caller passed.
+        root = f"{where}['params']" if grouped else "params"
         structure = _core.Structure(options["params"])
-        options["params"] = self._core.add_group(structure, self._root(index), options["amsgrad"])
+        options["params"] = self._core.add_group(structure, root, options["amsgrad"], frozen)
         self.param_groups.append(options)
-
-    def _root(self, group: int) -> str:
-        """What messages call the params of a group: an expression on what the caller passed."""
-        return f"param_groups[{group}]['params']" if self._grouped else "params"
+        self._structures.append(structure)
+        self._state = None
 
     def _new_grads(self, group: int) -> Any:
         params = list(self.param_groups[group]["params"])
         buffers = zeros_like_each(params, streams=1, shift=_GRAD_SHIFT)
-        return self._core.structure(group).unflatten([streams[0] for streams in buffers])
+        return self._structures[group].unflatten([streams[0] for streams in buffers])
 
     def _names(self) -> list[list[str] | None]:
-        structures = map(self._core.structure, range(len(self.param_groups)))
-        return [structure.names if structure.named else None for structure in structures]
+        return [structure.names if structure.named else None for structure in self._structures]
 
 
 class AdamW(Adam):

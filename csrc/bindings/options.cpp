@@ -1,6 +1,9 @@
-#include "hyper.hpp"
+#include "options.hpp"
 
 #include <cmath>
+#include <cstring>
+
+#include "containers.hpp"
 
 namespace fused_adam {
 namespace {
@@ -22,12 +25,9 @@ std::string place(const std::string& where, py::handle key) {
 }
 
 py::object required(const py::dict& group, py::handle key, const std::string& where) {
-  PyObject* value = PyDict_GetItemWithError(group.ptr(), key.ptr());
-  if (value == nullptr) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    throw py::value_error(place(where, key) + " is missing.");
-  }
-  return py::reinterpret_borrow<py::object>(value);
+  py::object value = dict_item(group, key);
+  if (!value) throw py::value_error(place(where, key) + " is missing.");
+  return value;
 }
 
 // Any real number: float, int, NumPy scalars and 0-d arrays. A bool is a slip, a str is no number.
@@ -35,12 +35,18 @@ py::object required(const py::dict& group, py::handle key, const std::string& wh
 template <class Place>
 double number(py::handle value, const Place& place) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  const bool is_bool = PyBool_Check(value.ptr());
+  // "numpy.bool" or, before NumPy 2, "numpy.bool_".
+  const bool is_bool =
+      PyBool_Check(value.ptr()) || strncmp(Py_TYPE(value.ptr())->tp_name, "numpy.bool", 10) == 0;
   const double x = is_bool ? -1.0 : PyFloat_AsDouble(value.ptr());
-  if (is_bool || (x == -1.0 && PyErr_Occurred())) {
+  if (x == -1.0 && PyErr_Occurred()) {
+    const bool is_no_number =
+        PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_OverflowError);
+    if (!is_no_number) throw py::error_already_set();
     PyErr_Clear();
     refuse_type(place(), "a number", value);
   }
+  if (is_bool) refuse_type(place(), "a number", value);
   return x;
 }
 
@@ -72,7 +78,7 @@ py::str interned(const char* name) {
 
 }  // namespace
 
-GroupReader::GroupReader()
+OptionReader::OptionReader()
     : lr_(interned("lr")),
       betas_(interned("betas")),
       eps_(interned("eps")),
@@ -81,7 +87,7 @@ GroupReader::GroupReader()
       maximize_(interned("maximize")),
       decoupled_weight_decay_(interned("decoupled_weight_decay")) {}
 
-HyperParameters GroupReader::read(const py::dict& group, const std::string& where) const {
+HyperParameters OptionReader::read(const py::dict& group, const std::string& where) const {
   const auto get = [&](py::handle key) { return required(group, key, where); };
   HyperParameters hyper;
   hyper.lr = finite_not_negative(get(lr_), where, lr_);

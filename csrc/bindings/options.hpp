@@ -14,9 +14,9 @@ namespace py = pybind11;
 // Reads the options of a parameter group, a dict as in torch.optim. TypeError for a wrong Python
 // type, ValueError for a value out of range or a missing key. where: "param_groups[0]", or "" for
 // keyword arguments, which messages call by their bare name.
-class GroupReader {
+class OptionReader {
  public:
-  GroupReader();
+  OptionReader();
   HyperParameters read(const py::dict& group, const std::string& where) const;
 
  private:
