@@ -51,6 +51,8 @@ def _options() -> dict[str, dict[str, Any]]:
         "beta2=0": {"betas": (0.9, 0.0)},
         "beta2=0.5-amsgrad": {"betas": (0.9, 0.5), "amsgrad": True},
         "betas=0": {"betas": (0.0, 0.0)},
+        # Here 1 - lr * weight_decay in two roundings is another number than in one.
+        "large-decoupled": {"lr": 0.7, "weight_decay": 0.9, "decoupled_weight_decay": True},
         "decoupled-of-0": {"decoupled_weight_decay": True},
         "decoupled-to-0": {"lr": 1.0, "weight_decay": 1.0, "decoupled_weight_decay": True},
     }.items():

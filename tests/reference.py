@@ -78,7 +78,7 @@ def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupl
         return Coefficients(
             grad_sign=narrow(-1 if maximize else 1),
             l2_decay=narrow(weight_decay),
-            param_decay=narrow(1 - lr * weight_decay if decoupled_weight_decay else 1),
+            param_decay=narrow(fma64(-lr, weight_decay, 1.0) if decoupled_weight_decay else 1),
             one_minus_beta1=narrow(1 - beta1),
             one_minus_beta2=narrow(1 - beta2),
             beta2=narrow(beta2),

@@ -718,3 +718,26 @@ def test_no_reference_to_a_grad_is_kept(call: str, fails: bool) -> None:
         else:
             opt.step(grads) if call == "step" else opt.zero_grad()
     assert [sys.getrefcount(obj) for obj in objects] == before
+
+
+def test_buffers_that_are_no_list_do_not_stop_a_group_half_way() -> None:
+    opt = Adam([{"params": np.ones(2)}])
+    opt.grads = 5
+    with pytest.raises(TypeError):
+        opt.add_param_group({"params": np.ones(3)})
+    assert len(opt.param_groups) == len(opt.state) == 1
+    opt.step([np.ones(2)])
+
+
+def test_amsgrad_switched_on_leaves_alone_what_is_left_out() -> None:
+    opt = Adam([np.ones(2), np.ones(3)])
+    opt.param_groups[0]["amsgrad"] = True
+    opt.step([np.ones(2), None])
+    assert [("max_exp_avg_sq" in entry) for entry in opt.state.values()] == [True, False]
+    saved = opt.state_dict()
+    assert saved["state"][1]["max_exp_avg_sq"].tolist() == [0, 0, 0]
+    twin = Adam([np.ones(2), np.ones(3)])
+    twin.load_state_dict(saved)
+    for one in (opt, twin):
+        one.step([np.ones(2), np.ones(3)])
+    assert twin.param_groups[0]["params"][1].tolist() == opt.param_groups[0]["params"][1].tolist()

@@ -215,3 +215,35 @@ def test_amsgrad_and_a_refused_step_at_once() -> None:
     with refused(ValueError, message, opt, undo=lambda: group.update(amsgrad=False)):
         group["amsgrad"] = True
         opt.step([np.ones(3), np.ones(3)])
+
+
+def test_error_of_a_number_is_the_callers() -> None:
+    class Rate:
+        def __float__(self) -> float:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Adam(np.ones(2), lr=Rate())  # type: ignore[arg-type]
+
+
+def test_refuses_numpy_bool_as_number() -> None:
+    with pytest.raises(TypeError, match=r"^lr must be a number, got"):
+        Adam(np.ones(2), lr=np.True_)
+
+
+def test_group_that_is_replaced_while_another_is_read() -> None:
+    """What was checked is what is read: the groups as they were when the step began."""
+    scene = Scene(grouped=True)
+    groups = scene.opt.param_groups
+
+    class Rate:
+        def __float__(self) -> float:
+            groups[1] = "oops"  # type: ignore[call-overload]
+            return 0.01
+
+    last = groups[1]
+    before = scene.opt.state[0]["step"]
+    groups[0]["lr"] = Rate()  # type: ignore[assignment]
+    scene.opt.step(scene.grads())
+    groups[0]["lr"], groups[1] = 0.01, last
+    assert {entry["step"] for entry in scene.opt.state.values()} == {before + 1}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import reference
-from cases import DEFAULTS, DTYPES, assert_same_bits, awkward_values, each_dtype
+from cases import DEFAULTS, assert_same_bits, awkward_values, each_dtype
 from fused_adam import Adam, adam_step
 
 # --- fma -------------------------------------------------------------------------------------------
@@ -215,12 +215,13 @@ def test_bias_correction_fades():
     assert corrections[-1] == 1.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_coefficients_are_narrowed_once(dtype):
-    options = {**DEFAULTS, "weight_decay": 0.1, "lr": 1 / 3, "decoupled_weight_decay": True}
+    options = {**DEFAULTS, "weight_decay": 0.9, "lr": 0.7, "decoupled_weight_decay": True}
     del options["amsgrad"]
     k = reference.coefficients(dtype, step=7, **options)
     assert {type(x) for x in k} == {dtype}
-    assert k.param_decay == dtype(1 - 0.1 / 3)
+    assert k.param_decay == dtype(1 - Fraction(0.7) * Fraction(0.9))
+    assert float(1 - Fraction(0.7) * Fraction(0.9)) != 1 - 0.7 * 0.9  # by a rounding of its own
     assert k.one_minus_beta2 == dtype(1 - 0.999)
-    assert k.neg_step_size == dtype(-(1 / 3) / (1 - 0.9**7))
+    assert k.neg_step_size == dtype(-0.7 / (1 - 0.9**7))

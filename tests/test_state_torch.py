@@ -257,3 +257,15 @@ def test_defaults_and_names_are_those_of_torch(ours: Any, theirs: Any) -> None:
     for name, parameter in inspect.signature(ours).parameters.items():
         if name != "num_threads":
             assert parameter.default == parameters[name].default, name
+
+
+def test_tensors_over_live_moments_change_places() -> None:
+    opt = Adam([np.ones(3), np.ones(3)])
+    opt.step([np.full(3, 2.0), np.full(3, 5.0)])
+    expected = [np.array(opt.state[i]["exp_avg"]) for i in (1, 0)]
+    saved = opt.state_dict()
+    for i in (0, 1):
+        saved["state"][i]["exp_avg"] = torch.from_numpy(opt.state[1 - i]["exp_avg"])
+    opt.load_state_dict(saved)
+    for i in (0, 1):
+        np.testing.assert_array_equal(opt.state[i]["exp_avg"], expected[i])

@@ -147,3 +147,18 @@ def test_refuses_added_group(group: Any, error: type[Exception], message: str) -
     with refused(error, message, scene.opt):
         scene.opt.add_param_group(group)
     scene.goes_on()
+
+
+def test_key_that_changes_its_dict_while_it_is_read() -> None:
+    """Naming a parameter runs the key's code; the arrays must outlive what it does."""
+
+    class Key:
+        def __str__(self) -> str:
+            params.clear()
+            return "k"
+
+        __repr__ = __str__
+
+    params: dict[Any, Any] = {Key(): np.ones(3), "w": np.ones(2)}
+    opt = Adam(params)
+    assert [param.tolist() for param in opt.param_groups[0]["params"]] == [[1, 1, 1], [1, 1]]

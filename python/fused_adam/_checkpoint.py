@@ -86,8 +86,9 @@ def load_state_dict(
         new_options.append({**group, **options, **fixed_options})
         _core.check_options(new_options[i], where)
     _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
-    unknown = sorted(map(repr, set(saved_state).difference(ids)))
-    _require(not unknown, f"state_dict['state'] has entries of no group: {', '.join(unknown)}")
+    known = set(ids)
+    unknown = [key for key in saved_state if key not in known]
+    _require(not unknown, f"state_dict['state'] has entries of no group: {unknown}")
 
     amsgrad = [o["amsgrad"] for o, group in zip(new_options, groups, strict=True) for _ in group["params"]]
     entries = [
