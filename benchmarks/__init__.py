@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.run`. See README.md beside this file."""

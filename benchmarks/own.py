@@ -1,0 +1,180 @@
+"""What concerns fused-adam alone: cost of a call and of an array, memory, a busy machine, idling, ISAs."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Effort, Timing, Worker, timing
+from benchmarks.workloads import WORKLOADS, Workload
+from fused_adam import Adam, show_config
+
+Array = Any
+
+
+def _interleaved(steps: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, Timing]:
+    counts = {}
+    for name, step in steps.items():
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            step()
+            count += 1
+        counts[name] = count
+    results: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            for _ in range(counts[name]):
+                step()
+            results[name].append((time.perf_counter() - begin) / counts[name])
+    return {name: timing(values) for name, values in results.items()}
+
+
+def call_overhead(effort: Effort) -> dict[str, Timing]:
+    """A step of one array of 100; of 1,000 arrays of 1 element in each container; with fresh gradients."""
+
+    def arrays() -> list[Array]:
+        return [np.ones(1, np.float32) for _ in range(1000)]
+
+    def named(values: Sequence[Array]) -> dict[str, Array]:
+        return {f"layer{i}": value for i, value in enumerate(values)}
+
+    def nested(values: Sequence[Array]) -> dict[str, list[Array]]:
+        return {f"block{i}": list(values[i : i + 10]) for i in range(0, 1000, 10)}
+
+    steps: dict[str, Callable[[], object]] = {}
+    hundred = np.ones(100, np.float32)
+    one = Adam(np.ones(100, np.float32))
+    steps["1 array of 100"] = lambda: one.step(hundred)
+    for name, container in (("list", list), ("dict", named), ("nested", nested)):
+        opt, grads = Adam(container(arrays())), container(arrays())
+        steps[name] = lambda opt=opt, grads=grads: opt.step(grads)  # type: ignore[misc]
+    # Gradients made anew, as backward passes make them: 64 sets in turn, no array twice in a row.
+    opt, sets = Adam(arrays()), [arrays() for _ in range(64)]
+    turn = 0
+
+    def fresh() -> None:
+        nonlocal turn
+        turn = (turn + 1) % len(sets)
+        opt.step(sets[turn])
+
+    steps["list, new gradients"] = fresh
+    return _interleaved(steps, effort.rounds, effort.seconds)
+
+
+def allocated_by_steps() -> dict[str, int]:
+    """Bytes that 1,000 steps add: traced by Python, and resident; and bytes of state per parameter."""
+    params = [np.ones(1000, np.float32) for _ in range(100)]
+    grads = [np.ones(1000, np.float32) for _ in range(100)]
+    tracemalloc.start()
+    opt = Adam(params)
+    state, _ = tracemalloc.get_traced_memory()
+    for _ in range(10):
+        opt.step(grads)
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1000):
+        opt.step(grads)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return {
+        "traced_peak": peak - before,
+        "resident_peak": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident),
+        "moments": sum(entry[k].nbytes for entry in opt.state.values() for k in ("exp_avg", "exp_avg_sq")),
+        "state": state,
+        "params": sum(param.size for param in params),
+    }
+
+
+def _workload(name: str) -> Workload:
+    return next(w for w in WORKLOADS if w.name == name)
+
+
+def busy_machine(peers: Sequence[str], scale: float) -> list[dict[str, Any]]:
+    """Medians and p99 of single steps, idle and with one core held by another process."""
+    rows = []
+    for name, count in (("1 array of 1,000", 20_000), ("1 array of 1,000,000", 4_000)):
+        for peer in peers:
+            for threads in (1, 2):
+                row: dict[str, Any] = {"workload": name, "peer": peer, "threads": threads}
+                for state in ("idle", "busy"):
+                    worker = Worker(peer, threads)
+                    if "seconds" not in worker.setup(_workload(name), "float32", 0.2):
+                        worker.close()
+                        break
+                    other = (
+                        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                        if state == "busy"
+                        else None
+                    )
+                    time.sleep(0.3)
+                    samples = worker.ask(do="sample", steps=max(1000, int(count * scale)), pause=0)["samples"]
+                    worker.close()
+                    if other is not None:
+                        other.kill()
+                        other.wait()
+                    row[state] = {
+                        "median": statistics.median(samples),
+                        "p99": statistics.quantiles(samples, n=100)[98],
+                        "max": max(samples),
+                    }
+                else:
+                    rows.append(row)
+    return rows
+
+
+def idle_cost(peers: Sequence[str]) -> list[dict[str, Any]]:
+    """CPU time of all threads per step, for steps 5 ms apart, beyond that of the same steps on 1 thread."""
+    rows = []
+    for name in ("1 array of 1,000", "1 array of 100,000", "1 array of 1,000,000"):
+        for peer in peers:
+            cpu = {}
+            for threads in (1, 2):
+                worker = Worker(peer, threads)
+                if "seconds" in worker.setup(_workload(name), "float32", 0.1):
+                    cpu[threads] = worker.ask(do="sample", steps=200, pause=0.005)["cpu_seconds"]
+                worker.close()
+            if len(cpu) == 2:
+                rows.append({"workload": name, "peer": peer, "cpu_1": cpu[1], "cpu_2": cpu[2]})
+    return rows
+
+
+def scaling(effort: Effort) -> dict[str, dict[int, float]]:
+    """Median seconds of a step by number of threads, up to the CPUs that there are."""
+    cpus = show_config()["cpus"]
+    counts = sorted({min(2**i, cpus) for i in range(10)})
+    results: dict[str, dict[int, float]] = {}
+    for name in ("1 array of 100,000", "1 array of 1,000,000", "GPT-2 small, 148 arrays, 124 M"):
+        results[name] = {}
+        for threads in counts:
+            worker = Worker("fused-adam", threads)
+            seconds = worker.setup(_workload(name), "float32", effort.seconds)["seconds"]
+            steps = max(1, round(effort.seconds / seconds))
+            rounds = [worker.ask(do="time", steps=steps)["seconds"] for _ in range(effort.rounds)]
+            worker.close()
+            results[name][threads] = statistics.median(rounds)
+    return results
+
+
+def isas(effort: Effort) -> dict[str, dict[str, float]]:
+    """Median seconds of a step on one thread, by workload and ISA."""
+    results: dict[str, dict[str, float]] = {}
+    for name in ("1 array of 1,000", "1 array of 100,000", "1 array of 1,000,000"):
+        results[name] = {}
+        for isa in show_config()["isas_supported"]:
+            worker = Worker("fused-adam", 1, {"FUSED_ADAM_ISA": isa})
+            seconds = worker.setup(_workload(name), "float32", effort.seconds)["seconds"]
+            steps = max(1, round(effort.seconds / seconds))
+            rounds = [worker.ask(do="time", steps=steps)["seconds"] for _ in range(effort.rounds)]
+            worker.close()
+            results[name][isa] = statistics.median(rounds)
+    return results

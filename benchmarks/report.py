@@ -1,0 +1,79 @@
+"""Results as text: tables in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits, in the unit that fits."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            value = seconds * factor
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    raise AssertionError
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def step_tables(results: dict[str, Any]) -> str:
+    """For each dtype and number of threads a table: workloads by peers, medians."""
+    parts = []
+    kinds = sorted({(row["dtype"], row["threads"]) for row in results["steps"]}, key=lambda k: (k[0], -k[1]))
+    for dtype, threads in kinds:
+        rows = [r for r in results["steps"] if (r["dtype"], r["threads"]) == (dtype, threads)]
+        peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
+        body = []
+        for row in rows:
+            cells = [row["peers"].get(peer) for peer in peers]
+            body.append([row["workload"], *(seconds_text(c["median"]) if c else "-" for c in cells)])
+        title = f"**{dtype}, {threads} thread{'s' * (threads > 1)}**, median of a step"
+        parts.append(title + "\n\n" + table(["workload", *peers], body))
+    return "\n\n".join(parts)
+
+
+def busy_table(results: dict[str, Any]) -> str:
+    body = []
+    for row in results["busy"]:
+        figures = [seconds_text(row[s][k]) for s in ("idle", "busy") for k in ("median", "p99")]
+        body.append([row["workload"], row["peer"], str(row["threads"]), *figures])
+    header = ["workload", "peer", "threads", "idle median", "idle p99", "busy median", "busy p99"]
+    return "**With one core held by another process**\n\n" + table(header, body)
+
+
+def idle_table(results: dict[str, Any]) -> str:
+    body = [
+        [row["workload"], row["peer"], seconds_text(row["cpu_1"]), seconds_text(row["cpu_2"])]
+        for row in results["idle"]
+    ]
+    header = ["workload", "peer", "1 thread", "2 threads"]
+    return "**CPU time of a step, steps 5 ms apart**\n\n" + table(header, body)
+
+
+def isa_table(results: dict[str, Any]) -> str:
+    names = list(next(iter(results["isas"].values())))
+    body = [[w, *(seconds_text(by_isa[n]) for n in names)] for w, by_isa in results["isas"].items()]
+    return "**Instruction sets, 1 thread, float32**\n\n" + table(["workload", *names], body)
+
+
+def scaling_table(results: dict[str, Any]) -> str:
+    counts = list(next(iter(results["scaling"].values())))
+    body = []
+    for workload, by_count in results["scaling"].items():
+        one = by_count[counts[0]]
+        body.append([workload, *(f"{seconds_text(by_count[n])}, {one / by_count[n]:.2f} x" for n in counts)])
+    return "**Threads, float32**\n\n" + table(["workload", *map(str, counts)], body)
+
+
+def call_table(results: dict[str, Any]) -> str:
+    body = [[name, seconds_text(timing["median"])] for name, timing in results["calls"].items()]
+    title = "**Cost of a call**: one array of 100; 1,000 arrays of 1 element in each container"
+    return title + "\n\n" + table(["arrays", "median"], body)
+
+
+def all_tables(results: dict[str, Any]) -> str:
+    tables = (step_tables, call_table, scaling_table, busy_table, idle_table, isa_table)
+    return "\n\n".join(make(results) for make in tables)

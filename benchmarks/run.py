@@ -1,0 +1,90 @@
+"""python -m benchmarks.run: measure everything, print tables and targets, write JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import own, plots, report, targets
+from benchmarks.measure import LARGE, Effort, known_peers, side_by_side
+from benchmarks.workloads import WORKLOADS
+from fused_adam import show_config
+
+# Quick runs leave out the peers that nobody would take for fast, and those that compile for a minute.
+QUICK_PEERS = ("fused-adam", "torch fused", "Numba loop", "textbook NumPy", "limit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer peers and rounds: under 3 minutes")
+    parser.add_argument("--peers", nargs="+", help="measure only these")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results"), help="default: %(default)s"
+    )
+    arguments = parser.parse_args()
+    quick: bool = arguments.quick
+    peers = known_peers(arguments.peers or (QUICK_PEERS if quick else None))
+
+    results: dict[str, Any] = {"machine": machine(), "steps": [], "left_out": {}}
+    kinds = [("float32", 2), ("float32", 1)] + ([] if quick else [("float64", 2), ("float64", 1)])
+    for dtype, threads in kinds:
+        for workload in WORKLOADS:
+            large = workload.size >= LARGE
+            if quick and threads == 1 and large:
+                continue
+            effort = Effort(3 if large else 5 if quick else 9, 0.02 if quick and not large else 0.05)
+            timings, left_out = side_by_side(peers, workload, dtype, threads, effort)
+            results["left_out"].update(left_out)
+            results["steps"].append(
+                {
+                    "workload": workload.name,
+                    "dtype": dtype,
+                    "threads": threads,
+                    "peers": {peer: asdict(timing) for peer, timing in timings.items()},
+                }
+            )
+            medians = ", ".join(f"{p} {report.seconds_text(t.median)}" for p, t in timings.items())
+            print(f"{workload.name}, {dtype}, {threads}: {medians}", file=sys.stderr, flush=True)
+
+    effort = Effort(5 if quick else 15, 0.02)
+    results["calls"] = {name: asdict(timing) for name, timing in own.call_overhead(effort).items()}
+    results["memory"] = own.allocated_by_steps()
+    rivals = ("fused-adam",) if quick else ("fused-adam", "torch fused", "Numba loop")
+    present = [peer for peer in rivals if peer in peers and peer not in results["left_out"]]
+    results["busy"] = own.busy_machine(present, 0.3 if quick else 1)
+    results["idle"] = own.idle_cost(present)
+    results["isas"] = own.isas(effort)
+    results["scaling"] = own.scaling(effort)
+    results["targets"] = [asdict(target) for target in targets.judge(results)]
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(report.all_tables(results))
+    for peer, reason in results["left_out"].items():
+        print(f"\nleft out: {peer}: {reason}")
+    try:
+        print("\nplots:", ", ".join(map(str, plots.save(results, arguments.output))))
+    except ImportError as error:
+        print(f"\nno plots: {error}")
+    print()
+    for target in targets.judge(results):
+        print(target)
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], **show_config()}
+
+
+if __name__ == "__main__":
+    main()
