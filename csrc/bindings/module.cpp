@@ -54,6 +54,7 @@ void bind(py::module_& m) {
       .def(py::init<const std::string&, int, py::object>(), py::arg("isa"), py::arg("max_threads"),
            py::arg("allocate"))
       .def("__len__", &Optimizer::size)
+      .def_property_readonly("isa", &Optimizer::isa)
       .def("add_group", &Optimizer::add_group, py::arg("structure"), py::arg("root"),
            py::arg("amsgrad"), py::arg("frozen") = false)
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))

@@ -48,7 +48,7 @@ class Optimizer::StepScope {
 };
 
 Optimizer::Optimizer(const std::string& isa, int max_threads, py::object allocate)
-    : kernels_(*isa_by_name(isa).kernels),
+    : isa_(isa_by_name(isa)),
       max_threads_(max_threads),
       allocate_(std::move(allocate)),
       params_key_("params") {}
@@ -309,7 +309,7 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
   // From here on nothing can fail.
   {
     const py::gil_scoped_release no_gil;
-    plan_.run(kernels_, max_threads_);
+    plan_.run(*isa_.kernels, max_threads_);
   }
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].step += grads_[i].is_none() ? 0 : 1;
 }

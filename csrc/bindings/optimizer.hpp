@@ -39,6 +39,7 @@ class Optimizer {
   void zero(py::handle grads, bool grouped);
 
   size_t size() const { return ready_; }
+  const char* isa() const { return isa_.name; }
   // {"step": int, "exp_avg": array, ...}, with views of the moments.
   py::dict state(size_t index) const;
   // The next two need exclusive use.
@@ -86,7 +87,7 @@ class Optimizer {
   void check_and_plan();
   bool make_missing_maxima();
 
-  const KernelTable& kernels_;
+  const Isa& isa_;
   const int max_threads_;
   const py::object allocate_;
   const OptionReader reader_;
