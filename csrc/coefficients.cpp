@@ -51,7 +51,8 @@ StepCoefficients<T> narrow(const Coefficients<double>& k) {
   out.k.lerp_weight = static_cast<T>(k.lerp_weight);
   out.k.one_minus_beta2 = static_cast<T>(k.one_minus_beta2);
   out.k.beta2 = static_cast<T>(k.beta2);
-  out.k.sqrt_correction2 = static_cast<T>(k.sqrt_correction2);
+  out.k.neg_sqrt_correction2 = static_cast<T>(k.neg_sqrt_correction2);
+  out.k.reciprocal_sqrt_correction2 = T(1) / -out.k.neg_sqrt_correction2;
   out.k.eps = static_cast<T>(k.eps);
   out.k.neg_step_size = static_cast<T>(k.neg_step_size);
   // PyTorch's lerp decides by the narrowed weight; subtracting 1 from it is exact here.
@@ -73,7 +74,7 @@ CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   k.lerp_weight = 1.0 - hyper.beta1;
   k.one_minus_beta2 = 1.0 - hyper.beta2;
   k.beta2 = hyper.beta2;
-  k.sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, step));
+  k.neg_sqrt_correction2 = -std::sqrt(1.0 - power(hyper.beta2, step));
   k.eps = hyper.eps;
   k.neg_step_size = -hyper.lr / (1.0 - power(hyper.beta1, step));
   return {narrow<float>(k), narrow<double>(k)};

@@ -29,10 +29,15 @@ inline const StepCoefficients<double>& of_type(const CoefficientSet& all, double
 
 template <class F>
 inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
-  return {F::broadcast(k.grad_sign),        F::broadcast(k.l2_decay),
-          F::broadcast(k.param_decay),      F::broadcast(k.lerp_weight),
-          F::broadcast(k.one_minus_beta2),  F::broadcast(k.beta2),
-          F::broadcast(k.sqrt_correction2), F::broadcast(k.eps),
+  return {F::broadcast(k.grad_sign),
+          F::broadcast(k.l2_decay),
+          F::broadcast(k.param_decay),
+          F::broadcast(k.lerp_weight),
+          F::broadcast(k.one_minus_beta2),
+          F::broadcast(k.beta2),
+          F::broadcast(k.neg_sqrt_correction2),
+          F::broadcast(k.reciprocal_sqrt_correction2),
+          F::broadcast(k.eps),
           F::broadcast(k.neg_step_size)};
 }
 

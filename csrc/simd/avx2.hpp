@@ -38,6 +38,10 @@ inline F32x8 max_or_nan(F32x8 a, F32x8 b) {
   return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
 
+inline F32x8 number_or(F32x8 a, F32x8 b) {
+  return {_mm256_blendv_ps(a.v, b.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+
 struct F64x4 {
   using Scalar = double;
   static constexpr int width = 4;
@@ -59,6 +63,9 @@ inline F64x4 add(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline F64x4 sub(F64x4 a, F64x4 b) { return {_mm256_sub_pd(a.v, b.v)}; }
 inline F64x4 fma(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline F64x4 sqrt(F64x4 a) { return {_mm256_sqrt_pd(a.v)}; }
+inline F64x4 number_or(F64x4 a, F64x4 b) {
+  return {_mm256_blendv_pd(a.v, b.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
+}
 inline F64x4 max_or_nan(F64x4 a, F64x4 b) {
   return {_mm256_blendv_pd(_mm256_max_pd(a.v, b.v), a.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
 }

@@ -31,6 +31,10 @@ inline F32x16 max_or_nan(F32x16 a, F32x16 b) {
   return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), nan, a.v)};
 }
 
+inline F32x16 number_or(F32x16 a, F32x16 b) {
+  return {_mm512_mask_mov_ps(a.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), b.v)};
+}
+
 struct F64x8 {
   using Scalar = double;
   static constexpr int width = 8;
@@ -50,6 +54,9 @@ inline F64x8 add(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline F64x8 sub(F64x8 a, F64x8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline F64x8 fma(F64x8 a, F64x8 b, F64x8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline F64x8 sqrt(F64x8 a) { return {_mm512_sqrt_pd(a.v)}; }
+inline F64x8 number_or(F64x8 a, F64x8 b) {
+  return {_mm512_mask_mov_pd(a.v, _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q), b.v)};
+}
 inline F64x8 max_or_nan(F64x8 a, F64x8 b) {
   const __mmask8 nan = _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q);
   return {_mm512_mask_mov_pd(_mm512_max_pd(a.v, b.v), nan, a.v)};

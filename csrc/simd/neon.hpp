@@ -41,6 +41,8 @@ inline F32x4 max_or_nan(F32x4 a, F32x4 b) {
   return {vbslq_f32(vornq_u32(vcgtq_f32(a.v, b.v), number), a.v, b.v)};
 }
 
+inline F32x4 number_or(F32x4 a, F32x4 b) { return {vbslq_f32(vceqq_f32(a.v, a.v), a.v, b.v)}; }
+
 struct F64x2 {
   using Scalar = double;
   static constexpr int width = 2;
@@ -67,6 +69,7 @@ inline F64x2 add(F64x2 a, F64x2 b) { return {vaddq_f64(a.v, b.v)}; }
 inline F64x2 sub(F64x2 a, F64x2 b) { return {vsubq_f64(a.v, b.v)}; }
 inline F64x2 fma(F64x2 a, F64x2 b, F64x2 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 inline F64x2 sqrt(F64x2 a) { return {vsqrtq_f64(a.v)}; }
+inline F64x2 number_or(F64x2 a, F64x2 b) { return {vbslq_f64(vceqq_f64(a.v, a.v), a.v, b.v)}; }
 inline F64x2 max_or_nan(F64x2 a, F64x2 b) {
   const uint64x2_t number = vceqq_f64(a.v, a.v);
   return {vbslq_f64(vornq_u64(vcgtq_f64(a.v, b.v), number), a.v, b.v)};
