@@ -247,3 +247,21 @@ def test_group_that_is_replaced_while_another_is_read() -> None:
     scene.opt.step(scene.grads())
     groups[0]["lr"], groups[1] = 0.01, last
     assert {entry["step"] for entry in scene.opt.state.values()} == {before + 1}
+
+
+@pytest.mark.parametrize("edit", [lambda g: g.pop("amsgrad"), lambda g: g.update(amsgrad="x")])
+def test_state_dict_refuses_options_that_would_not_load(edit: Callable[[dict[str, Any]], Any]) -> None:
+    opt = Adam(np.ones(2))
+    edit(opt.param_groups[0])
+    with pytest.raises((TypeError, ValueError), match=r"^param_groups\[0\]\['amsgrad'\]"):
+        opt.state_dict()
+
+
+def test_refuses_array_beside_params() -> None:
+    """It would look like one more option, and never be trained."""
+    with pytest.raises(ValueError, match=r"^param_groups\[0\]\['bias'\] is an array"):
+        Adam([{"params": np.ones(2), "bias": np.ones(2)}])
+
+
+def test_takes_numpy_integer_as_num_threads() -> None:
+    Adam(np.ones(2), num_threads=np.int64(2)).step(np.ones(2))  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
     saved_groups = []
     first = 0
-    for group, group_names in zip(groups, names, strict=True):
+    for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
+        _core.check_options(group, f"param_groups[{i}]")  # as edited: what is saved must load
         saved = {**_TORCH_FLAGS, **group, "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
             saved["param_names"] = group_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import Any, Final
 
@@ -42,8 +43,9 @@ def max_threads(num_threads: int | None) -> int:
     """Check a `num_threads` argument; 0 stands for what the machine allows."""
     if num_threads is None:
         return MAX_THREADS
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
+    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
         raise TypeError(f"num_threads must be an int or None, got {num_threads!r}.")
+    num_threads = operator.index(num_threads)
     if num_threads < 1:
         raise ValueError(f"num_threads must be >= 1 or None, got {num_threads}.")
     if num_threads > _MANY_THREADS:

@@ -352,6 +352,9 @@ class Adam:
         if "params" not in param_group:
             raise ValueError(f"{where} has no key 'params'.")
         options = {**self.defaults, **param_group}
+        for key, value in options.items():
+            if key != "params" and isinstance(value, np.ndarray) and value.size > 1:
+                raise ValueError(f"{where}[{key!r}] is an array: arrays to train belong under 'params'.")
         _core.check_options(options, where)
         # What messages call the params: an expression on what the caller passed.
         root = f"{where}['params']" if grouped else "params"
