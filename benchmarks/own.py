@@ -57,8 +57,9 @@ def call_overhead(effort: Effort) -> dict[str, Timing]:
     for name, container in (("list", list), ("dict", named), ("nested", nested)):
         opt, grads = Adam(container(arrays())), container(arrays())
         steps[name] = lambda opt=opt, grads=grads: opt.step(grads)  # type: ignore[misc]
-    # Gradients made anew, as backward passes make them: 64 sets in turn, no array twice in a row.
-    opt, sets = Adam(arrays()), [arrays() for _ in range(64)]
+    # Gradients made anew, as backward passes make them: never the array of the step before, but memory
+    # that was in use not long ago, as freed arrays leave it to new ones.
+    opt, sets = Adam(arrays()), [arrays() for _ in range(4)]
     turn = 0
 
     def fresh() -> None:
