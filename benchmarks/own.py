@@ -149,6 +149,15 @@ def idle_cost(peers: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _median_step(name: str, worker: Worker, effort: Effort) -> float:
+    """Median seconds of a step, of a worker that is closed afterwards."""
+    seconds = worker.setup(_workload(name), "float32", effort.seconds)["seconds"]
+    steps = max(1, round(effort.seconds / seconds))
+    rounds = [worker.ask(do="time", steps=steps)["seconds"] for _ in range(effort.rounds)]
+    worker.close()
+    return statistics.median(rounds)
+
+
 def scaling(effort: Effort) -> dict[str, dict[int, float]]:
     """Median seconds of a step by number of threads, up to the CPUs that there are."""
     cpus = show_config()["cpus"]
@@ -157,12 +166,7 @@ def scaling(effort: Effort) -> dict[str, dict[int, float]]:
     for name in ("1 array of 100,000", "1 array of 1,000,000", "GPT-2 small, 148 arrays, 124 M"):
         results[name] = {}
         for threads in counts:
-            worker = Worker("fused-adam", threads)
-            seconds = worker.setup(_workload(name), "float32", effort.seconds)["seconds"]
-            steps = max(1, round(effort.seconds / seconds))
-            rounds = [worker.ask(do="time", steps=steps)["seconds"] for _ in range(effort.rounds)]
-            worker.close()
-            results[name][threads] = statistics.median(rounds)
+            results[name][threads] = _median_step(name, Worker("fused-adam", threads), effort)
     return results
 
 
@@ -173,9 +177,5 @@ def isas(effort: Effort) -> dict[str, dict[str, float]]:
         results[name] = {}
         for isa in show_config()["isas_supported"]:
             worker = Worker("fused-adam", 1, {"FUSED_ADAM_ISA": isa})
-            seconds = worker.setup(_workload(name), "float32", effort.seconds)["seconds"]
-            steps = max(1, round(effort.seconds / seconds))
-            rounds = [worker.ask(do="time", steps=steps)["seconds"] for _ in range(effort.rounds)]
-            worker.close()
-            results[name][isa] = statistics.median(rounds)
+            results[name][isa] = _median_step(name, worker, effort)
     return results

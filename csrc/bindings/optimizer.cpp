@@ -36,6 +36,7 @@ class Optimizer::StepScope {
   explicit StepScope(Optimizer& optimizer) : exclusive_(optimizer), optimizer_(optimizer) {}
   ~StepScope() {
     optimizer_.grads_.clear();
+    optimizer_.dicts_.clear();
     optimizer_.hypers_.clear();
     optimizer_.plan_.clear();
   }
@@ -181,7 +182,7 @@ void Optimizer::index_memory() {
                         owner_text(a) + ". Every array that is updated needs memory of its own.");
 }
 
-std::vector<py::dict> Optimizer::groups_in(py::handle param_groups) const {
+void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const {
   if (!PyList_Check(param_groups.ptr())) {
     throw py::type_error("param_groups must be a list, got " +
                          std::string(Py_TYPE(param_groups.ptr())->tp_name) + ".");
@@ -191,8 +192,6 @@ std::vector<py::dict> Optimizer::groups_in(py::handle param_groups) const {
                           " groups, but the optimizer was given " + std::to_string(groups_.size()) +
                           ". Use add_param_group to add one.");
   }
-  std::vector<py::dict> dicts;
-  dicts.reserve(groups_.size());
   for (size_t i = 0; i < groups_.size(); ++i) {
     const py::object entry = sequence_item(param_groups, i);
     if (!PyDict_Check(entry.ptr())) throw py::type_error(groups_[i].name + " must be a dict.");
@@ -203,7 +202,6 @@ std::vector<py::dict> Optimizer::groups_in(py::handle param_groups) const {
     }
     dicts.push_back(py::reinterpret_borrow<py::dict>(entry));
   }
-  return dicts;
 }
 
 void Optimizer::check_param(Slot& slot) {
@@ -245,14 +243,14 @@ void Optimizer::flatten_grads(py::handle grads, bool grouped) {
                           std::to_string(groups_.size()) + " param groups, got " +
                           Py_TYPE(grads.ptr())->tp_name + ".");
   }
-  const py::list list = py::reinterpret_borrow<py::object>(grads);
-  if (list.size() != groups_.size()) {
+  if (sequence_size(grads) != groups_.size()) {
     throw py::value_error("grads: expected an entry for each of the " +
                           std::to_string(groups_.size()) + " param groups, got " +
-                          std::to_string(list.size()) + ".");
+                          std::to_string(sequence_size(grads)) + ".");
   }
   for (size_t i = 0; i < groups_.size(); ++i) {
-    groups_[i].structure.flatten(list[i], "grads[" + std::to_string(i) + "]", grads_);
+    const py::object tree = sequence_item(grads, i);
+    groups_[i].structure.flatten(tree, "grads[" + std::to_string(i) + "]", grads_);
   }
 }
 
@@ -298,9 +296,9 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads, grouped);
-  const std::vector<py::dict> dicts = groups_in(param_groups);
-  for (size_t i = 0; i < dicts.size(); ++i) {
-    hypers_.push_back(reader_.read(dicts[i], groups_[i].name));
+  groups_in(param_groups, dicts_);
+  for (size_t i = 0; i < dicts_.size(); ++i) {
+    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
   }
   check_and_plan();
   // The allocator is Python code, during which other threads run: what was checked is checked

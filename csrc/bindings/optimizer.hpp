@@ -30,7 +30,10 @@ class Optimizer {
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their
   // params. Needs exclusive use.
-  void check_groups(py::handle param_groups) const { groups_in(param_groups); }
+  void check_groups(py::handle param_groups) const {
+    std::vector<py::dict> dicts;
+    groups_in(param_groups, dicts);
+  }
 
   // One step. grads is like params or, if grouped, a sequence with an entry for each group.
   void step(py::handle grads, py::handle param_groups, bool grouped);
@@ -80,7 +83,8 @@ class Optimizer {
   static void set_max_exp_avg_sq(Slot& slot, const py::object& array);
   // Lists all written memory anew; ValueError where two of its arrays overlap.
   void index_memory();
-  std::vector<py::dict> groups_in(py::handle param_groups) const;
+  // Appends the checked dicts of param_groups.
+  void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
   void flatten_grads(py::handle grads, bool grouped);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
@@ -101,6 +105,7 @@ class Optimizer {
   // Of the step that runs; kept between steps for their memory only.
   StepPlan plan_;
   std::vector<py::object> grads_;
+  std::vector<py::dict> dicts_;
   std::vector<HyperParameters> hypers_;
   std::atomic<bool> busy_{false};
 };
