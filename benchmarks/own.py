@@ -38,11 +38,12 @@ def _interleaved(steps: dict[str, Callable[[], object]], rounds: int, seconds: f
     return {name: timing(values) for name, values in results.items()}
 
 
-def call_overhead(effort: Effort) -> dict[str, Timing]:
-    """A step of one array of 100; of 1,000 arrays of 1 element in each container; with fresh gradients."""
+def _thousand() -> list[Array]:
+    return [np.ones(1, np.float32) for _ in range(1000)]
 
-    def arrays() -> list[Array]:
-        return [np.ones(1, np.float32) for _ in range(1000)]
+
+def call_overhead(effort: Effort) -> dict[str, Timing]:
+    """A step of one array of 100; of 1,000 arrays of 1 element in each container."""
 
     def named(values: Sequence[Array]) -> dict[str, Array]:
         return {f"layer{i}": value for i, value in enumerate(values)}
@@ -55,20 +56,30 @@ def call_overhead(effort: Effort) -> dict[str, Timing]:
     one = Adam(np.ones(100, np.float32))
     steps["1 array of 100"] = lambda: one.step(hundred)
     for name, container in (("list", list), ("dict", named), ("nested", nested)):
-        opt, grads = Adam(container(arrays())), container(arrays())
+        opt, grads = Adam(container(_thousand())), container(_thousand())
         steps[name] = lambda opt=opt, grads=grads: opt.step(grads)  # type: ignore[misc]
-    # Gradients made anew, as backward passes make them: never the array of the step before, but memory
-    # that was in use not long ago, as freed arrays leave it to new ones.
-    opt, sets = Adam(arrays()), [arrays() for _ in range(4)]
-    turn = 0
-
-    def fresh() -> None:
-        nonlocal turn
-        turn = (turn + 1) % len(sets)
-        opt.step(sets[turn])
-
-    steps["list, new gradients"] = fresh
     return _interleaved(steps, effort.rounds, effort.seconds)
+
+
+def gradients_made_anew(effort: Effort) -> dict[str, Timing]:
+    """A step of 1,000 arrays of 1 element, with the gradients of the step before or with new ones.
+
+    New ones are made before every step, as backward passes make them, whether it takes them or not.
+    """
+    opt, kept = Adam(_thousand()), _thousand()
+    rounds: dict[str, list[float]] = {"reused": [], "made anew": []}
+    made = _thousand()
+    for _ in range(effort.rounds):
+        for name, medians in rounds.items():
+            samples = []
+            for _ in range(100):
+                made = _thousand()
+                grads = kept if name == "reused" else made
+                begin = time.perf_counter()
+                opt.step(grads)
+                samples.append(time.perf_counter() - begin)
+            medians.append(statistics.median(samples))
+    return {name: timing(medians) for name, medians in rounds.items()}
 
 
 def allocated_by_steps() -> dict[str, int]:

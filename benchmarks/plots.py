@@ -27,9 +27,11 @@ def save(results: dict[str, Any], folder: Path) -> list[Path]:
         path = folder / f"speed-{dtype}-{threads}.png"
         _speed(results, dtype, threads, path)
         paths.append(path)
-    path = folder / "busy.png"
-    _busy(results, path)
-    return [*paths, path]
+    for name, draw in (("busy", _busy), ("isas", _isas), ("threads", _threads)):
+        path = folder / f"{name}.png"
+        draw(results, path)
+        paths.append(path)
+    return paths
 
 
 def _speed(results: dict[str, Any], dtype: str, threads: int, path: Path) -> None:
@@ -86,5 +88,49 @@ def _busy(results: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0][0].set_ylabel("us (pale: idle median, full: p99 when busy)")
     figure.suptitle("A step with 2 threads while another process holds one of 2 cores", x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _isas(results: dict[str, Any], path: Path) -> None:
+    """How many times as fast as the scalar code each ISA is, on one thread."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    names = [name for name in next(iter(results["isas"].values())) if name != "scalar"]
+    width = 0.8 / max(len(names), 1)
+    for j, name in enumerate(names):
+        for i, medians in enumerate(results["isas"].values()):
+            ratio = medians["scalar"] / medians[name]
+            x = i - 0.4 + (j + 0.5) * width
+            colour = list(COLOURS.values())[j]
+            axes.bar(x, ratio, width * 0.9, color=colour, label=name if i == 0 else None)
+            axes.text(x, ratio, f"{ratio:.3g}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(results["isas"])), list(results["isas"]))
+    axes.set_ylabel("times as fast as scalar")
+    axes.set_title("The same bits by each instruction set (float32, 1 thread)", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _threads(results: dict[str, Any], path: Path) -> None:
+    """Speed by number of threads, one thread = 1."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for (name, medians), colour in zip(results["scaling"].items(), COLOURS.values(), strict=False):
+        # From a results.json the counts come as text.
+        counts = [int(count) for count in medians]
+        speeds = [next(iter(medians.values())) / seconds for seconds in medians.values()]
+        axes.plot(counts, speeds, marker="o", color=colour, label=name)
+    axes.plot(counts, counts, color="#bbbbbb", linestyle="--", zorder=0, label="as many as threads")
+    axes.set_xticks(counts)
+    axes.set_xlabel("threads")
+    axes.set_ylabel("times as fast as 1 thread")
+    axes.set_title("Threads (float32)", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

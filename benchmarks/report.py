@@ -74,6 +74,11 @@ def call_table(results: dict[str, Any]) -> str:
     return title + "\n\n" + table(["arrays", "median"], body)
 
 
+def gradient_table(results: dict[str, Any]) -> str:
+    body = [[name, seconds_text(timing["median"])] for name, timing in results["gradients"].items()]
+    return "**Gradients**, a step of 1,000 arrays of 1 element\n\n" + table(["gradients", "median"], body)
+
+
 def all_tables(results: dict[str, Any]) -> str:
-    tables = (step_tables, call_table, scaling_table, busy_table, idle_table, isa_table)
+    tables = (step_tables, call_table, gradient_table, scaling_table, busy_table, idle_table, isa_table)
     return "\n\n".join(make(results) for make in tables)

@@ -38,7 +38,9 @@ def main() -> None:
             large = workload.size >= LARGE
             if quick and threads == 1 and large:
                 continue
-            effort = Effort(3 if large else 5 if quick else 9, 0.02 if quick and not large else 0.05)
+            effort = Effort(
+                (3 if quick else 5) if large else 5 if quick else 9, 0.02 if quick and not large else 0.05
+            )
             timings, left_out = side_by_side(peers, workload, dtype, threads, effort)
             results["left_out"].update(left_out)
             results["steps"].append(
@@ -54,6 +56,7 @@ def main() -> None:
 
     effort = Effort(5 if quick else 15, 0.02)
     results["calls"] = {name: asdict(timing) for name, timing in own.call_overhead(effort).items()}
+    results["gradients"] = {name: asdict(timing) for name, timing in own.gradients_made_anew(effort).items()}
     results["memory"] = own.allocated_by_steps()
     rivals = ("fused-adam",) if quick else ("fused-adam", "torch fused", "Numba loop")
     present = [peer for peer in rivals if peer in peers and peer not in results["left_out"]]
