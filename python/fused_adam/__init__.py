@@ -11,7 +11,8 @@ array([0.9, 1.1, 1. ])
 
 from fused_adam._config import show_config
 from fused_adam._core import __version__
+from fused_adam._file import CheckpointError
 from fused_adam.adam import Adam, AdamW, StepInfo
 from fused_adam.functional import adam_step
 
-__all__ = ["Adam", "AdamW", "StepInfo", "__version__", "adam_step", "show_config"]
+__all__ = ["Adam", "AdamW", "CheckpointError", "StepInfo", "__version__", "adam_step", "show_config"]

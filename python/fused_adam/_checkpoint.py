@@ -13,28 +13,34 @@ from fused_adam import _core
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 _TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_MAX_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
+MAX_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
 Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
 Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
 
 
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
-    saved_groups = []
+    param_groups = saved_groups(groups, names)
+    amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
+    state = dict(enumerate(copy_state(core)))
+    for index, entry in state.items():
+        if amsgrad[index] and "max_exp_avg_sq" not in entry:  # switched on, and not stepped since
+            entry["max_exp_avg_sq"] = np.zeros_like(entry["exp_avg"])
+    return {"state": state, "param_groups": param_groups}
+
+
+def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
+    """The groups with indices and names for arrays."""
+    all_saved = []
     first = 0
     for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
         _core.check_options(group, f"param_groups[{i}]")  # as edited: what is saved must load
         saved = {**_TORCH_FLAGS, **group, "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
             saved["param_names"] = group_names
-        saved_groups.append(saved)
+        all_saved.append(saved)
         first += len(group["params"])
-    amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
-    state = dict(enumerate(copy_state(core)))
-    for index, entry in state.items():
-        if amsgrad[index] and "max_exp_avg_sq" not in entry:  # switched on, and not stepped since
-            entry["max_exp_avg_sq"] = np.zeros_like(entry["exp_avg"])
-    return {"state": state, "param_groups": saved_groups}
+    return all_saved
 
 
 def copy_state(core: _core.Optimizer) -> list[Entry]:
@@ -69,21 +75,21 @@ def load_state_dict(
     _require(isinstance(checkpoint, Mapping), "state_dict must be a dict", TypeError)
     for key in ("state", "param_groups"):
         _require(key in checkpoint, f"state_dict has no key {key!r}")
-    saved_groups, saved_state = checkpoint["param_groups"], checkpoint["state"]
-    _require(_is_list(saved_groups), "state_dict['param_groups'] must be a list", TypeError)
+    groups_read, saved_state = checkpoint["param_groups"], checkpoint["state"]
+    _require(_is_list(groups_read), "state_dict['param_groups'] must be a list", TypeError)
     _require(isinstance(saved_state, Mapping), "state_dict['state'] must be a dict", TypeError)
     _require(
-        len(saved_groups) == len(groups),
-        f"state_dict has {len(saved_groups)} param groups, the optimizer has {len(groups)}",
+        len(groups_read) == len(groups),
+        f"state_dict has {len(groups_read)} param groups, the optimizer has {len(groups)}",
     )
 
     ids: list[Any] = []
     new_options: list[dict[str, Any]] = []
-    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+    for i, (saved, group) in enumerate(zip(groups_read, groups, strict=True)):
         where = f"state_dict['param_groups'][{i}]"
         ids += _read_ids(saved, len(group["params"]), names[i], where)
         options = {k: v for k, v in saved.items() if k not in {"params", "param_names", *_TORCH_FLAGS, *keep}}
-        options = {key: _plain(value) for key, value in options.items()}
+        options = {key: plain(value) for key, value in options.items()}
         new_options.append({**group, **options, **fixed_options})
         _core.check_options(new_options[i], where)
     _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
@@ -137,10 +143,10 @@ def _read_entry(saved: Any, where: str, live: Entry, amsgrad: bool) -> Entry:
 
 
 def _read_step(value: Any, where: str) -> int:
-    value = _plain(value)
+    value = plain(value)
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     _require(is_number, f"{where} must be a number, got {value!r}", TypeError)
-    is_count = 0 <= value <= _MAX_STEP and value == int(value)
+    is_count = 0 <= value <= MAX_STEP and value == int(value)
     _require(is_count, f"{where} must be a whole number >= 0, got {value!r}")
     return int(value)
 
@@ -164,10 +170,10 @@ def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[A
     return np.asarray(array) if array.flags.owndata else np.array(array)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers out of tensors and arrays of shape (), also inside a pair."""
     if _is_list(value):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
     is_scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
     return value.item() if is_scalar else value
 
