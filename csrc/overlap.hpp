@@ -22,21 +22,16 @@ class WrittenMemory {
   std::pair<int64_t, int64_t> index();
 
   // The owner of a range that overlaps these bytes, or kNone. The hint is where the answer stood
-  // last time (any number to begin with): an array that comes again costs one comparison instead of
-  // a search.
-  int64_t owner_of_overlap(const void* data, int64_t bytes, size_t& hint);
+  // last time (any number to begin with): arrays that come again, or from the same heap, cost one
+  // comparison instead of a search.
+  int64_t owner_of_overlap(const void* data, int64_t bytes, size_t& hint) const;
 
  private:
   struct Range {
     uintptr_t begin, end;
     int64_t owner;
   };
-  // The first range that ends after this address, the only candidate for an overlap.
-  size_t next_after(uintptr_t begin) const;
-  bool is_next(size_t i, uintptr_t begin) const;
-
   std::vector<Range> ranges_;  // sorted by index()
-  size_t last_ = 0;            // where the last answer stood
 };
 
 }  // namespace fused_adam
