@@ -375,6 +375,23 @@ def test_given_grads_leave_buffers_alone() -> None:
     assert opt.grads[0].tolist() == [5, 5, 5]
 
 
+def test_buffers_that_are_walked_once_are_kept() -> None:
+    params = [np.ones(2), np.ones(3)]
+    opt, twin = Adam(params), Adam([np.ones(2), np.ones(3)])
+    opt.grads = (np.ones_like(param) for param in params)
+    for _ in range(2):
+        opt.step()
+        twin.step([np.ones(2), np.ones(3)])
+    assert_same_state(opt, twin)
+
+
+def test_buffers_of_groups_that_are_no_list_are_refused() -> None:
+    opt = Adam([{"params": np.ones(2)}])
+    opt.grads = 5
+    with pytest.raises(ValueError, match="grads: expected a list with an entry for each of the 1 param"):
+        opt.step()
+
+
 def test_buffer_of_one_array_can_be_added_to() -> None:
     opt = Adam(np.ones(3))
     opt.grads += np.ones(3)
@@ -443,6 +460,14 @@ def test_state_of_dotted_names_that_collide() -> None:
     state = Adam({"a": {"b": np.ones(1)}, "a.b": np.ones(2)}).state
     with pytest.raises(KeyError, match=r"'a.b' names the parameters \[0, 1\]"):
         state["a.b"]
+
+
+def test_state_that_is_kept_knows_groups_that_come_later() -> None:
+    opt = Adam({"a": np.ones(1)})
+    state = opt.state
+    assert "a" in state and "b" not in state
+    opt.add_param_group({"params": {"b": np.ones(2)}})
+    assert state["b"]["exp_avg"].size == 2 and len(state) == 2
 
 
 def test_state_has_no_names_without_dicts() -> None:

@@ -57,7 +57,7 @@ void require_plain_subclass(py::handle object, const Place& place) {
     message += "A NumPy scalar becomes an array of shape () by np.asarray(x).";
   } else if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object) ||
              py::isinstance<py::dict>(object)) {
-    message += "Its structure differs from that of params.";
+    message += "One array is needed here: containers must be those of params.";
   } else {
     message += "Lists, tuples and dicts may hold arrays, nothing else.";
   }

@@ -119,10 +119,9 @@ def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> li
     saved_names = saved.get("param_names")
     if names is not None and saved_names is not None:
         _require(_is_list(saved_names), f"{where}['param_names'] must be a list", TypeError)
-        _require(
-            list(saved_names) == names,
-            f"{where} is of parameters named {list(saved_names)}, the optimizer has {names}",
-        )
+        _require(len(saved_names) == count, f"{where} has {len(saved_names)} names for {count} parameters")
+        for index, (found, name) in enumerate(zip(saved_names, names, strict=True)):
+            _require(found == name, f"{where}: its parameter {index} is named {found!r}, here it is {name!r}")
     return list(ids)
 
 

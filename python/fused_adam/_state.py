@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,15 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
     Iteration goes over indices. A name that two groups use is refused: there the index decides.
     """
 
-    def __init__(self, core: _core.Optimizer, structures: Iterable[_core.Structure]) -> None:
+    def __init__(self, core: _core.Optimizer, structures: list[_core.Structure]) -> None:
         self._core = core
+        self._structures = structures  # of the optimizer, which may add to them
+        self._named_structures = 0
         self._indices: dict[str, list[int]] = {}
-        index = 0
-        for structure in structures:
-            for name in structure.names:
-                if structure.named:
-                    self._indices.setdefault(name, []).append(index)
-                index += 1
 
     def __getitem__(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):
-            found = self._indices.get(key, [])
+            found = self._indices_by_name().get(key, [])
             if len(found) != 1:
                 problem = f"names the parameters {found}: use the index" if found else "is no parameter"
                 raise KeyError(f"{key!r} {problem}")
@@ -42,6 +38,16 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._core)
+
+    def _indices_by_name(self) -> dict[str, list[int]]:
+        if self._named_structures != len(self._structures):
+            self._named_structures, self._indices, index = len(self._structures), {}, 0
+            for structure in self._structures:
+                for name in structure.names:
+                    if structure.named:
+                        self._indices.setdefault(name, []).append(index)
+                    index += 1
+        return self._indices
 
     def __repr__(self) -> str:
         return repr(dict(self))

@@ -194,7 +194,7 @@ class Adam:
                 self._core.check_groups(self.param_groups)
             trees = [self._new_grads(i) for i in range(len(self.param_groups))]
             self._grads = trees if self._grouped else trees[0]
-        elif self._grouped:
+        elif self._grouped and isinstance(self._grads, list):
             # Those of groups that were added since.
             for i, tree in enumerate(self._grads):
                 if tree is _NOT_MADE:
@@ -203,7 +203,8 @@ class Adam:
 
     @grads.setter
     def grads(self, grads: Any) -> None:
-        self._grads = grads  # checked by each step, like any; `opt.grads += g` on one array ends here
+        # Checked by each step, like any. `opt.grads += g` on one array ends here too.
+        self._grads = list(grads) if isinstance(grads, Iterator) else grads
 
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
