@@ -33,19 +33,20 @@ int quota_v2(std::string group) {
   }
 }
 
-// cgroup v1: two files, the quota -1 where there is none.
-int quota_v1(const std::string& group) {
+// cgroup v1: two files, the quota -1 where there is none; of the group and of all its parents too.
+int quota_v1(std::string group) {
   int limit = kNoLimit;
-  for (const std::string& place : {group, std::string()}) {
-    const std::string folder = "/sys/fs/cgroup/cpu" + place;
+  while (true) {
+    const std::string folder = "/sys/fs/cgroup/cpu" + group;
     std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
     std::ifstream period_file(folder + "/cpu.cfs_period_us");
     double quota = 0, period = 0;
     if (quota_file >> quota && period_file >> period) {
       limit = std::min(limit, cpus_of(quota, period));
     }
+    if (group.empty()) return limit;
+    group.erase(group.rfind('/'));
   }
-  return limit;
 }
 
 int cgroup_quota() {

@@ -5,6 +5,7 @@
 #include "../step.hpp"
 #include "arrays.hpp"
 #include "options.hpp"
+#include "without_gil.hpp"
 
 namespace fused_adam {
 
@@ -59,7 +60,7 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
   plan.add_array({data[0], data[1], data[2], data[3], data[4]}, param_facts.size,
                  param_facts.dtype);
   const KernelTable& kernels = *isa_by_name(isa).kernels;
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   plan.run(kernels, max_threads);
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "containers.hpp"
+#include "without_gil.hpp"
 
 namespace fused_adam {
 namespace {
@@ -306,7 +307,7 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
   if (make_missing_maxima()) check_and_plan();
   // From here on nothing can fail.
   {
-    const py::gil_scoped_release no_gil;
+    const WithoutGil no_gil;
     plan_.run(*isa_.kernels, max_threads_);
   }
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].step += grads_[i].is_none() ? 0 : 1;
@@ -322,7 +323,7 @@ void Optimizer::zero(py::handle grads, bool grouped) {
     check_grad(slots_[i], grads_[i]);
     require_writeable(grads_[i], place("grad for ", slots_[i]), "zero_grad() fills it.");
   }
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
     void* const grad = const_cast<void*>(slots_[i].streams.grad);
