@@ -30,15 +30,20 @@ py::object required(const py::dict& group, py::handle key, const std::string& wh
   return value;
 }
 
-// Any real number: float, int, NumPy scalars and 0-d arrays. A bool is a slip, a str is no number.
-// place() is what a message calls it.
+// NumPy would make a float of a text, of raw bytes, or of a complex number without its second part.
+bool is_real(py::handle value) {
+  if (PyBool_Check(value.ptr())) return false;
+  const py::object kind = py::getattr(py::getattr(value, "dtype", py::none()), "kind", py::none());
+  return kind.is_none() || strchr("fiu", *PyUnicode_AsUTF8(kind.ptr())) != nullptr;
+}
+
+// Any real number: float, int, NumPy scalars and 0-d arrays, Decimal. A bool is a slip, a str is no
+// number. place() is what a message calls it.
 template <class Place>
 double number(py::handle value, const Place& place) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  // "numpy.bool" or, before NumPy 2, "numpy.bool_".
-  const bool is_bool =
-      PyBool_Check(value.ptr()) || strncmp(Py_TYPE(value.ptr())->tp_name, "numpy.bool", 10) == 0;
-  const double x = is_bool ? -1.0 : PyFloat_AsDouble(value.ptr());
+  if (!is_real(value)) refuse_type(place(), "a number", value);
+  const double x = PyFloat_AsDouble(value.ptr());
   if (x == -1.0 && PyErr_Occurred()) {
     const bool is_no_number =
         PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_OverflowError);
@@ -46,7 +51,6 @@ double number(py::handle value, const Place& place) {
     PyErr_Clear();
     refuse_type(place(), "a number", value);
   }
-  if (is_bool) refuse_type(place(), "a number", value);
   return x;
 }
 

@@ -43,14 +43,22 @@ def max_threads(num_threads: int | None) -> int:
     """Check a `num_threads` argument; 0 stands for what the machine allows."""
     if num_threads is None:
         return MAX_THREADS
-    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
-        raise TypeError(f"num_threads must be an int or None, got {num_threads!r}.")
-    num_threads = operator.index(num_threads)
+    num_threads = as_int("num_threads", num_threads, "an int or None")
     if num_threads < 1:
         raise ValueError(f"num_threads must be >= 1 or None, got {num_threads}.")
     if num_threads > _MANY_THREADS:
         raise ValueError(f"num_threads must be at most {_MANY_THREADS}, got {num_threads}.")
     return num_threads
+
+
+def as_int(name: str, value: Any, expected: str = "an int") -> int:
+    """The value of an argument as an int; TypeError where it is none, bool included."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:  # also of arrays of shape (1,), with a message of NumPy's own
+        pass
+    raise TypeError(f"{name} must be {expected}, got {value!r}.")
 
 
 def show_config() -> dict[str, Any]:

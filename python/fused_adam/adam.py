@@ -237,7 +237,7 @@ class Adam:
     @property
     def lr(self) -> float:
         """The learning rate of all groups; setting it sets it in each."""
-        rates = {float(group["lr"]) for group in self.param_groups}
+        rates = {float(group["lr"]) for group in self._group_dicts()}
         if len(rates) > 1:
             raise ValueError(
                 f"the groups have different learning rates, {sorted(rates)}: see opt.param_groups[i]['lr']."
@@ -247,7 +247,7 @@ class Adam:
     @lr.setter
     def lr(self, lr: float) -> None:
         _core.check_options({**self.defaults, "lr": lr}, "")
-        for group in self.param_groups:
+        for group in self._group_dicts():
             group["lr"] = lr
 
     @property
@@ -443,7 +443,8 @@ class Adam:
             raise ValueError(f"{where} has no key 'params'.")
         options = {**self.defaults, **param_group}
         for key, value in options.items():
-            if key != "params" and isinstance(value, np.ndarray) and value.size > 1:
+            is_array = isinstance(value, np.ndarray) and value.size > 1
+            if key != "params" and is_array and not frozen:
                 raise ValueError(f"{where}[{key!r}] is an array: arrays to train belong under 'params'.")
         _core.check_options(options, where)
         # What messages call the params: an expression on what the caller passed.
@@ -453,6 +454,20 @@ class Adam:
         self.param_groups.append(options)
         self._structures.append(structure)
         self._state = None
+
+    def _group_dicts(self) -> list[dict[str, Any]]:
+        """The groups, which may have been edited, where each still is a dict with a learning rate."""
+        if len(self.param_groups) != len(self._structures):
+            raise ValueError(
+                f"param_groups has {len(self.param_groups)} groups, but the optimizer was given "
+                f"{len(self._structures)}."
+            )
+        for i, group in enumerate(self.param_groups):
+            if not isinstance(group, dict):
+                raise TypeError(f"param_groups[{i}] must be a dict, got {type(group).__name__}.")
+            if "lr" not in group:
+                raise ValueError(f"param_groups[{i}]['lr'] is missing.")
+        return self.param_groups
 
     def _new_grads(self, group: int) -> Any:
         params = list(self.param_groups[group]["params"])

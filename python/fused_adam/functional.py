@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy.typing as npt
@@ -61,9 +60,7 @@ def adam_step(
     >>> param
     array([1.999, 2.001])
     """
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise TypeError(f"step must be an int, got {step!r}.")
-    step = operator.index(step)
+    step = _config.as_int("step", step)
     if not 1 <= step < 2**63:
         raise ValueError(f"step must be >= 1 and < 2**63, got {step}.")
     options = {
