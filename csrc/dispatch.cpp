@@ -4,16 +4,14 @@
 
 #include <stdexcept>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(_M_X64)
+#if defined(_MSC_VER) && defined(_M_X64)
 #include <intrin.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 namespace fused_adam {
 namespace {
-
-bool always() { return true; }
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -23,7 +21,7 @@ struct Cpuid {
 
 Cpuid cpuid(uint32_t leaf) {
   Cpuid r = {};
-#if defined(_M_X64)
+#if defined(_MSC_VER)
   int regs[4];
   __cpuidex(regs, 0, 0);
   if (static_cast<uint32_t>(regs[0]) < leaf) return r;
@@ -41,7 +39,7 @@ Cpuid cpuid(uint32_t leaf) {
 uint64_t saved_register_states() {
   constexpr uint32_t osxsave = 1u << 27;
   if (!(cpuid(1).ecx & osxsave)) return 0;
-#if defined(_M_X64)
+#if defined(_MSC_VER)
   return _xgetbv(0);
 #else
   uint32_t low, high;
@@ -72,7 +70,7 @@ bool has_avx2() {
 std::string names(bool only_supported) {
   std::string list;
   for (const Isa& isa : compiled_isas()) {
-    if (only_supported && !isa.supported()) continue;
+    if (only_supported && !isa.supported) continue;
     if (!list.empty()) list += ", ";
     list += isa.name;
   }
@@ -82,33 +80,27 @@ std::string names(bool only_supported) {
 }  // namespace
 
 const std::vector<Isa>& compiled_isas() {
-  // CMakeLists.txt defines a macro for every kernel file that it compiles.
+  // CMakeLists.txt defines a macro for every kernel file that it compiles. The CPU is asked once:
+  // in a virtual machine every CPUID instruction goes to the host and takes up to 30 us.
   static const std::vector<Isa> isas = {
 #if defined(FUSED_ADAM_HAS_AVX512)
-      {"avx512", has_avx512, &kernels_avx512},
+      {"avx512", has_avx512(), &kernels_avx512},
 #endif
 #if defined(FUSED_ADAM_HAS_AVX2)
-      {"avx2", has_avx2, &kernels_avx2},
+      {"avx2", has_avx2(), &kernels_avx2},
 #endif
 #if defined(FUSED_ADAM_HAS_NEON)
-      {"neon", always, &kernels_neon},
+      {"neon", true, &kernels_neon},
 #endif
-      {"scalar", always, &kernels_scalar},
+      {"scalar", true, &kernels_scalar},
   };
   return isas;
-}
-
-const Isa& best_isa() {
-  for (const Isa& isa : compiled_isas()) {
-    if (isa.supported()) return isa;
-  }
-  return compiled_isas().back();
 }
 
 const Isa& isa_by_name(const std::string& name) {
   for (const Isa& isa : compiled_isas()) {
     if (name != isa.name) continue;
-    if (isa.supported()) return isa;
+    if (isa.supported) return isa;
     throw std::invalid_argument("ISA '" + name +
                                 "' is not supported by this machine, which runs: " + names(true));
   }

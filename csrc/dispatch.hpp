@@ -10,15 +10,12 @@ namespace fused_adam {
 
 struct Isa {
   const char* name;
-  bool (*supported)();  // by the CPU and by the operating system
+  bool supported;  // by the CPU and by the operating system
   const KernelTable* kernels;
 };
 
 // Every ISA of this build, best first; the last one runs everywhere.
 const std::vector<Isa>& compiled_isas();
-
-// The best ISA that runs here.
-const Isa& best_isa();
 
 // The ISA of that name. Throws std::invalid_argument where it is unknown, not in this build, or not
 // supported here: never a silent fallback.

@@ -85,7 +85,7 @@ class Team {
   // number.
   int hire(int wanted) noexcept {
     if (helpers_ >= wanted || (refused_ > 0 && --refused_ > 0)) return helpers_;
-    const NoSignals no_signals;
+    [[maybe_unused]] const NoSignals no_signals;
     try {
       for (; helpers_ < wanted; ++helpers_) {
         std::thread(&Team::help, this, helpers_ + 1, ticket_.load()).detach();

@@ -33,12 +33,18 @@ class Random {
   T value() {
     const T x = static_cast<T>(static_cast<double>(next() >> 11) * 0x1p-53 - 0.5);
     switch (next() % 20) {
-      case 0: return T(0);
-      case 1: return -T(0);
-      case 2: return x * std::numeric_limits<T>::min();
-      case 3: return x * (std::numeric_limits<T>::max() / 4);
-      case 4: return next() % 8 == 0 ? std::numeric_limits<T>::infinity() : x;
-      default: return x;
+      case 0:
+        return T(0);
+      case 1:
+        return -T(0);
+      case 2:
+        return x * std::numeric_limits<T>::min();
+      case 3:
+        return x * (std::numeric_limits<T>::max() / 4);
+      case 4:
+        return next() % 8 == 0 ? std::numeric_limits<T>::infinity() : x;
+      default:
+        return x;
     }
   }
 
@@ -111,7 +117,7 @@ uint64_t digest(const Isa& isa, DType dtype, int threads) {
 int main() {
   int wrong = 0;
   for (const Isa& isa : compiled_isas()) {
-    if (!isa.supported()) {
+    if (!isa.supported) {
       printf("%-7s not on this CPU\n", isa.name);
       continue;
     }

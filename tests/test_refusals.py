@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from fused_adam import Adam, AdamW, adam_step
-from fused_adam._file import CheckpointError
+from fused_adam import Adam, AdamW, CheckpointError, adam_step
 from snapshots import ROLES, adam_step_arrays, assert_same_bits, random_like, train
 
 NAN, INF = float("nan"), float("inf")

@@ -15,7 +15,7 @@ namespace {
 std::vector<std::string> isa_names(bool only_supported) {
   std::vector<std::string> names;
   for (const Isa& isa : compiled_isas()) {
-    if (!only_supported || isa.supported()) names.push_back(isa.name);
+    if (!only_supported || isa.supported) names.push_back(isa.name);
   }
   return names;
 }

@@ -11,12 +11,16 @@ import numpy.typing as npt
 from fused_adam import _core
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
-_TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
+TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MAX_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
 Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
 Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that is damaged, not of these parameters, or of a newer version."""
 
 
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, A
     first = 0
     for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
         _core.check_options(group, f"param_groups[{i}]")  # as edited: what is saved must load
-        saved = {**_TORCH_FLAGS, **group, "params": list(range(first, first + len(group["params"])))}
+        saved = {**TORCH_FLAGS, **group, "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
             saved["param_names"] = group_names
         all_saved.append(saved)
@@ -88,7 +92,7 @@ def load_state_dict(
     for i, (saved, group) in enumerate(zip(groups_read, groups, strict=True)):
         where = f"state_dict['param_groups'][{i}]"
         ids += _read_ids(saved, len(group["params"]), names[i], where)
-        options = {k: v for k, v in saved.items() if k not in {"params", "param_names", *_TORCH_FLAGS, *keep}}
+        options = {k: v for k, v in saved.items() if k not in {"params", "param_names", *TORCH_FLAGS, *keep}}
         options = {key: plain(value) for key, value in options.items()}
         new_options.append({**group, **options, **fixed_options})
         _core.check_options(new_options[i], where)

@@ -8,38 +8,40 @@ each other without gaps and the file ends with the last one, so that every bit c
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _checkpoint, _core
-
-if sys.platform != "win32":
-    import fcntl
+from fused_adam._checkpoint import CheckpointError
+from fused_adam._file_header import (
+    DAMAGED,
+    DTYPES,
+    FORMAT,
+    NO_CHECKPOINT,
+    Header,
+    Refusal,
+    Tensors,
+    as_json,
+    entries_of,
+    header_bytes,
+    header_room,
+    read_header,
+    refuse,
+    require,
+    shown,
+)
+from fused_adam._replace import Writer, open_at_once, replacing
 
 Progress: TypeAlias = Callable[[int, int], object]
-Tensors: TypeAlias = Mapping[str, npt.NDArray[Any]]  # "state.0.exp_avg", ...
 
-_FORMAT: Final = 1  # to be raised by whoever changes what a file means
-_MAX_HEADER: Final = 100_000_000  # bytes; the safetensors library reads no more
-_ALIGNMENT: Final = 64  # of the first array in the file
 _BLOCK: Final = 1 << 20  # bytes that are hashed and written at a time, out of a cache
-_DTYPES: Final = {np.dtype("<i8"): "I64", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
-_CRC_FIELD: Final = b'"header_crc32":"%s"'
-_NO_CRC: Final = b"00000000"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that is damaged, not of these parameters, or of a newer version."""
+_REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
 
 
 def save(
@@ -48,27 +50,37 @@ def save(
     groups: list[dict[str, Any]],
     names: _checkpoint.Names,
     progress: Progress | None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     live = [core.state(i) for i in range(len(core))]
     tensors = {"step": np.array([entry["step"] for entry in live], np.int64), **_moments(live)}
+    saved = _checkpoint.saved_groups(groups, names)
     metadata = {
-        "fused_adam_format": str(_FORMAT),
+        "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
-        "param_groups": _groups_as_json(_checkpoint.saved_groups(groups, names)),
+        "param_groups": json.dumps([as_json(group, f"param_groups[{i}]") for i, group in enumerate(saved)]),
     }
+    if defaults is not None:
+        metadata["defaults"] = json.dumps(as_json(defaults, "defaults"))
+    # Checksums are known once the arrays are written. Until then, zeros keep their place.
+    checksums = dict.fromkeys(tensors, 0)
+    header = header_bytes(metadata, tensors, checksums)
+    room = header_room(len(core))
+    if len(header) > room:
+        raise ValueError(
+            f"names and options take {len(header)} bytes in the file, more than the {room} it may have. "
+            "Nothing was saved. Keep long lists out of opt.param_groups."
+        )
     counter = _Counter(tensors, progress)
-    with _replacing(path) as file:
-        # Checksums are known once the arrays are written. Until then, zeros keep their place.
-        checksums = dict.fromkeys(tensors, 0)
-        file.write(_header(metadata, tensors, checksums))
+    with replacing(path) as file, Writer(file, path) as writer:
+        writer.write(header)
         for name, array in tensors.items():
             for block in _blocks(array, "readonly"):
-                checksums[name] = zlib.crc32(block, checksums[name])
-                file.write(block)
+                checksums[name] = writer.write_hashed(block.data, checksums[name])
                 counter.add(block.nbytes)
         file.seek(0)
-        file.write(_header(metadata, tensors, checksums))
+        writer.write(header_bytes(metadata, tensors, checksums))
 
 
 def load(
@@ -78,13 +90,15 @@ def load(
     names: _checkpoint.Names,
     fixed_options: Mapping[str, Any],
     progress: Progress | None,
+    defaults: dict[str, Any] | None = None,
 ) -> None:
     """Fill a new optimizer. Where this fails, some of its moments have been written already: drop it."""
-    with open(path, "rb") as file:
+    path = os.fspath(path)  # a number is no file descriptor of somebody else
+    with open(path, "rb", opener=open_at_once) as file:
         try:
-            _load(file, core, groups, names, fixed_options, progress)
-        except CheckpointError as error:
-            raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+            _load(file, core, groups, names, fixed_options, progress, defaults)
+        except Refusal as refusal:
+            raise CheckpointError(f"{path}: {refusal}.") from None
 
 
 def _load(
@@ -94,29 +108,45 @@ def _load(
     names: _checkpoint.Names,
     fixed_options: Mapping[str, Any],
     progress: Progress | None,
+    defaults: dict[str, Any] | None,
 ) -> None:
-    saved = _read_header(file)
-    state_dict = {"state": {}, "param_groups": saved.groups}
-    try:
-        _checkpoint.load_state_dict(core, groups, names, state_dict, (), fixed_options)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(str(error)) from None
-    core.make_max_exp_avg_sq([i for i in range(len(core)) if f"state.{i}.max_exp_avg_sq" in saved.entries])
+    saved = read_header(file, header_room(len(core)))
+    options = _read_groups(saved.groups, groups, names)
+    for i, group in enumerate(options):
+        group.update(fixed_options)
+        _check_options(group, f"param_groups[{i}]")
+    new_defaults = {**(defaults or {}), **saved.defaults, **fixed_options}
+    if defaults is not None:
+        _check_options(new_defaults, "defaults")
+
+    # Those of the file, whatever the groups of the caller say: the options of the file hold.
+    maxima = [i for i in range(len(core)) if f"state.{i}.max_exp_avg_sq" in saved.entries]
+    core.make_max_exp_avg_sq(maxima)
     live = [core.state(i) for i in range(len(core))]
+    for i in set(range(len(core))).difference(maxima):
+        live[i].pop("max_exp_avg_sq", None)
     steps = np.zeros(len(live), np.int64)
     tensors = {"step": steps, **_moments(live)}
-    _require_layout(file, saved, tensors)
+    labels = _labels(names, groups)
+    _require_layout(file, saved, tensors, live, labels)
+
     counter = _Counter(tensors, progress)
     for name, array in tensors.items():
         checksum = 0
         for block in _blocks(array, "writeonly"):
             _read_into(file, block)
-            checksum = zlib.crc32(block, checksum)
+            checksum = zlib.crc32(block.data, checksum)
             counter.add(block.nbytes)
-        _require(checksum == saved.checksums[name], f"{name} is damaged: its checksum is another")
-    for index, step in enumerate(steps):
-        _require(0 <= step <= _checkpoint.MAX_STEP, f"step[{index}] is {step}, which is no step count")
-        core.set_step(index, int(step))
+        if checksum != saved.checksums[name]:
+            refuse(f"it is damaged: {_what(name, labels)} has another checksum. {DAMAGED}")
+    for label, step in zip(labels, steps.tolist(), strict=True):
+        require(0 <= step <= _checkpoint.MAX_STEP, f"the step count of {label} is {step}. {DAMAGED}")
+    for index, step in enumerate(steps.tolist()):
+        core.set_step(index, step)
+    for group, new in zip(groups, options, strict=True):
+        group.update(new)
+    if defaults is not None:
+        defaults.update(new_defaults)
 
 
 def _moments(live: list[_checkpoint.Entry]) -> Tensors:
@@ -133,13 +163,25 @@ def _moments(live: list[_checkpoint.Entry]) -> Tensors:
 def _blocks(array: npt.NDArray[Any], access: str) -> Iterator[npt.NDArray[Any]]:
     """The elements in C order, some at a time: views, or a buffer where the array is in Fortran order."""
     flags = ["external_loop", "buffered", "zerosize_ok"]
-    with np.nditer(array, flags, [[access]], order="C", buffersize=_BLOCK // array.itemsize) as blocks:
+    little_endian = array.dtype.newbyteorder("<")  # as in the file, on any machine
+    with np.nditer(  # type: ignore[call-overload]  # "contig" is missing from the stubs
+        array,
+        flags,
+        [[access, "contig"]],  # without it, a long axis comes as a strided view
+        [little_endian],
+        order="C",
+        casting="equiv",
+        buffersize=_BLOCK // array.itemsize,
+    ) as blocks:
         yield from blocks
 
 
 def _read_into(file: BinaryIO, block: npt.NDArray[Any]) -> None:
-    count = file.readinto(block.data)  # type: ignore[attr-defined]
-    _require(count == block.nbytes, "it was cut off while it was read")
+    try:
+        count = file.readinto(block.data)  # type: ignore[attr-defined]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
+    require(count == block.nbytes, f"it was cut off while it was read. {DAMAGED}")
 
 
 class _Counter:
@@ -149,160 +191,119 @@ class _Counter:
         self._progress = progress
         self._total = sum(array.nbytes for array in tensors.values())
         self._done = 0
+        self._reported = 0
 
     def add(self, count: int) -> None:
         self._done += count
-        if self._progress is not None:
+        is_due = self._done - self._reported >= _REPORTED or self._done == self._total
+        if self._progress is not None and is_due:
+            self._reported = self._done
             self._progress(self._done, self._total)
 
 
-# --- The header --------------------------------------------------------------------------------------
+# --- What the file has to have for these parameters --------------------------------------------------
 
 
-class _Header(NamedTuple):
-    groups: Any
-    checksums: dict[str, int]
-    entries: dict[str, Any]
-    size: int  # of the header
+def _labels(names: _checkpoint.Names, groups: list[dict[str, Any]]) -> list[str]:
+    """How messages call the parameters: by the names that the user knows, where there are any."""
+    labels = []
+    for i, (group_names, group) in enumerate(zip(names, groups, strict=True)):
+        for k in range(len(group["params"])):
+            label = f"parameter {k}" if group_names is None else f"parameter {group_names[k]!r}"
+            labels.append(label + (f" of param_groups[{i}]" if len(groups) > 1 else ""))
+    return labels
 
 
-def _header(metadata: Mapping[str, str], tensors: Tensors, checksums: Mapping[str, int]) -> bytes:
-    more = {
-        "header_crc32": _NO_CRC.decode(),
-        "crc32": json.dumps({name: f"{checksum:08x}" for name, checksum in checksums.items()}),
-    }
-    header = {"__metadata__": {**more, **metadata}, **_entries(tensors)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    if len(text) > _MAX_HEADER:
-        raise ValueError(f"names and options take {len(text)} bytes in the file, more than it may have.")
-    return _with_crc(len(text).to_bytes(8, "little") + text)
+def _what(tensor: str, labels: list[str]) -> str:
+    if tensor == "step":
+        return "the array of step counts"
+    _, index, moment = tensor.split(".")
+    return f"{moment} of {labels[int(index)]}"
 
 
-def _with_crc(header: bytes) -> bytes:
-    """The header with its checksum in place of zeros."""
-    checksum = b"%08x" % zlib.crc32(header)
-    return header.replace(_CRC_FIELD % _NO_CRC, _CRC_FIELD % checksum, 1)
-
-
-def _entries(tensors: Tensors) -> dict[str, Any]:
-    entries = {}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.nbytes
-        shape = list(array.shape)
-        entries[name] = {"dtype": _DTYPES[array.dtype], "shape": shape, "data_offsets": [begin, end]}
-    return entries
-
-
-def _groups_as_json(groups: list[dict[str, Any]]) -> str:
-    plain = [{key: _checkpoint.plain(value) for key, value in group.items()} for group in groups]
-    for i, group in enumerate(plain):
-        for key, value in group.items():
-            try:
-                json.dumps({key: value}, allow_nan=False)
-            except (TypeError, ValueError, RecursionError):
-                raise TypeError(
-                    f"param_groups[{i}][{key!r}] is {value!r}, which cannot be saved: options in a file are "
-                    "numbers, texts, None, and lists and dicts of these."
-                ) from None
-    return json.dumps(plain)
-
-
-def _read_header(file: BinaryIO) -> _Header:
-    """Everything that can be checked without knowing the parameters; nothing is taken on trust."""
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    _require(8 + length <= size and length <= _MAX_HEADER, "it is no checkpoint, or was cut off")
-    text = file.read(length)
-    _require(len(text) == length, "it was cut off while it was read")
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__")
-        version, checksum = int(metadata["fused_adam_format"]), metadata["header_crc32"].encode()
-        _require(
-            version <= _FORMAT,
-            f"it has format {version}, of fused-adam {metadata['fused_adam_version']}, but fused-adam "
-            f"{_core.__version__} knows formats up to {_FORMAT}. Upgrade fused-adam",
+def _read_groups(
+    saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], names: _checkpoint.Names
+) -> list[dict[str, Any]]:
+    """The options of each group, after the comparison of groups, their sizes and names."""
+    found, count = len(saved_groups), len(groups)
+    require(
+        found == count,
+        f"it has {found} parameter group{'s' * (found != 1)}, but params has {count}. Pass the params as the "
+        'saved optimizer had them: for several groups, a list with a dict {"params": ...} for each',
+    )
+    all_options = []
+    first = 0
+    for i, (saved, group, group_names) in enumerate(zip(saved_groups, groups, names, strict=True)):
+        size = len(group["params"])
+        ids, saved_names = saved.get("params"), saved.get("param_names")
+        if not (isinstance(ids, list) and isinstance(saved_names, (list, type(None)))):
+            refuse(NO_CHECKPOINT)
+        here = f" in param_groups[{i}]" if count > 1 else ""
+        if group_names is not None and saved_names is not None:
+            _require_names(saved_names, group_names, here)
+        require(
+            len(ids) == size,
+            f"it has {len(ids)} parameters{here}, but params has {size} there: it is of another model",
         )
-        blank = text.replace(_CRC_FIELD % checksum, _CRC_FIELD % _NO_CRC, 1)
-        _require(_with_crc(prefix + blank) == prefix + text, "its header is damaged: its checksum is another")
-        groups = json.loads(metadata["param_groups"])
-        for group in groups:
-            group["betas"] = tuple(group["betas"])
-        checksums = {name: int(value, 16) for name, value in json.loads(metadata["crc32"]).items()}
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError("it is no checkpoint of fused-adam, or its header is damaged.") from None
-    return _Header(groups, checksums, entries, 8 + length)
+        if json.dumps(ids) != json.dumps(list(range(first, first + size))):
+            refuse(NO_CHECKPOINT)
+        first += size
+        not_options = {"params", "param_names", *_checkpoint.TORCH_FLAGS}
+        options = {key: value for key, value in saved.items() if key not in not_options}
+        all_options.append({**group, **options})
+    return all_options
 
 
-def _require_layout(file: BinaryIO, saved: _Header, tensors: Tensors) -> None:
-    expected = _entries(tensors)
-    for name in expected.keys() | saved.entries.keys():
-        found, wanted = saved.entries.get(name), expected.get(name)
-        _require(found == wanted, f"{name} is {found} in the file, but has to be {wanted}")
-        _require(name in saved.checksums, f"{name} has no checksum")
+def _require_names(saved: list[Any], given: list[str], here: str) -> None:
+    if saved == given:
+        return
+    if sorted(map(str, saved)) == sorted(given):
+        k = next(k for k, name in enumerate(given) if saved[k] != name)
+        refuse(
+            f"its parameters have another order{here}: number {k} is {shown(saved[k])} in the file, "
+            f"{shown(given[k])} in params. Put the dicts of params in the order that they had",
+        )
+    problems = []
+    for where, but, one, other in (
+        ("in the file", "not in params", saved, set(given)),
+        ("in params", "not in the file", given, set(map(str, saved))),
+    ):
+        extra = [shown(name) for name in one if str(name) not in other]
+        if extra:
+            more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+            problems.append(f"{', '.join(extra[:3])}{more} {where} but {but}")
+    refuse(f"its parameters have other names{here}: {'; '.join(problems)}. It is of another model")
+
+
+def _check_options(options: dict[str, Any], where: str) -> None:
+    try:
+        _core.check_options(options, where)
+    except (TypeError, ValueError) as error:
+        refuse(f"it holds options that no optimizer has: {error} {DAMAGED}")
+
+
+def _require_layout(
+    file: BinaryIO, saved: Header, tensors: Tensors, live: list[_checkpoint.Entry], labels: list[str]
+) -> None:
+    expected = entries_of(tensors)
+    dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
+    for i, (entry, label) in enumerate(zip(live, labels, strict=True)):
+        found, like = saved.entries.get(f"state.{i}.exp_avg"), entry["exp_avg"]
+        if not isinstance(found, dict) or not isinstance(found.get("shape"), list):
+            refuse(NO_CHECKPOINT)
+        shape, dtype = found["shape"], dtypes.get(str(found.get("dtype")), "an unknown dtype")
+        if shape != list(like.shape) or dtype != str(like.dtype):
+            refuse(
+                f"{label} is {like.dtype} of shape {like.shape}, but {dtype} of shape "
+                f"({shown(shape)[1:-1]}{',' * (len(shape) == 1)}) in the file: it is of another model"
+            )
+    # From here on, only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
+    for name, wanted in expected.items():
+        same = json.dumps(saved.entries.get(name), sort_keys=True) == json.dumps(wanted, sort_keys=True)
+        require(same and name in saved.checksums, f"its table is wrong at {_what(name, labels)}. {DAMAGED}")
+    unknown = sorted((saved.entries.keys() | saved.checksums.keys()) - expected.keys())
+    require(not unknown, f"it has arrays that are not Adam's: {shown(unknown[:3])}. {DAMAGED}")
     size = saved.size + sum(array.nbytes for array in tensors.values())
     found_size = os.fstat(file.fileno()).st_size
-    _require(found_size == size, f"it has {found_size} bytes instead of {size}: it is not whole")
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise CheckpointError(f"{problem}. Nothing was loaded.")
-
-
-# --- The file system ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole and on the disk, or never."""
-    target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory; a checkpoint is a file.")
-    _remove_leftovers(target)
-    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
-    # With the mode of any new file, or that of the file that it replaces.
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _try_lock(file)
-            if sys.platform != "win32" and target.exists():
-                os.fchmod(descriptor, target.stat().st_mode & 0o7777)
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    if sys.platform != "win32":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Of processes that were killed while they saved: nobody holds the lock of their files."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.????????????????.tmp"):
-        with suppress(OSError), open(path, "rb") as file:
-            if _try_lock(file):
-                path.unlink()
-
-
-def _try_lock(file: BinaryIO) -> bool:
-    if sys.platform == "win32":
-        return True  # an open file cannot be removed there
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    problem = "is cut off" if found_size < size else "has something appended"
+    require(found_size == size, f"it {problem}: it has {found_size} bytes instead of {size}. {DAMAGED}")

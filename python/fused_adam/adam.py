@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fused_adam import _checkpoint, _config, _core, _file
+from fused_adam import _checkpoint, _config, _core
 from fused_adam._memory import zeros_like_each
 from fused_adam._state import OptimizerState
 
@@ -347,9 +347,11 @@ class Adam:
         >>> Adam.load(path, {"w": w}).lr
         0.1
         """
+        from fused_adam import _file  # with what it imports it takes a third of the time of the package
+
         with self._core:
             self._core.check_groups(self.param_groups)
-            _file.save(path, self._core, self.param_groups, self._names(), progress)
+            _file.save(path, self._core, self.param_groups, self._names(), progress, self.defaults)
 
     @classmethod
     def load(
@@ -389,9 +391,13 @@ class Adam:
         TypeError, ValueError
             As at construction.
         """
+        from fused_adam import _file
+
         opt = cls(params, num_threads=num_threads)
         with opt._core:
-            _file.load(path, opt._core, opt.param_groups, opt._names(), cls._fixed_options, progress)
+            _file.load(
+                path, opt._core, opt.param_groups, opt._names(), cls._fixed_options, progress, opt.defaults
+            )
         return opt
 
     def __repr__(self) -> str:

@@ -1,0 +1,586 @@
+"""What goes wrong with files: killed writers, full disks, flipped bits, files made to harm.
+
+A writer that dies leaves the old file or the new one, whole. A reader refuses all but what was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fused_adam import Adam, CheckpointError, _replace
+from snapshots import assert_same_state, random_like, train
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="processes, devices and limits of POSIX")
+Path = pathlib.Path
+
+
+def like_small() -> Any:
+    return random_like({"w": np.empty((2, 3), np.float32), "b": np.empty(4)}, 1)
+
+
+def small(steps: int = 3) -> Adam:
+    opt = Adam(like_small(), amsgrad=True)
+    train(opt, like_small(), range(steps))
+    return opt
+
+
+# --- Writers that fail --------------------------------------------------------------------------------
+
+# Forks a child that saves version after version and says so after each, kills it, and looks.
+KILLER = """
+    import os, random, signal, sys, time
+    import numpy as np
+    from fused_adam import Adam
+
+    path, kills = sys.argv[1], int(sys.argv[2])
+    random.seed(1)
+    params = [np.zeros(100_000), np.zeros((300, 200), order="F"), np.zeros((), np.float32)]
+    opt = Adam(params, num_threads=1)
+
+    def make(version):
+        for index, entry in opt.state.items():
+            entry["exp_avg"][...] = version
+            entry["exp_avg_sq"][...] = version
+            opt._core.set_step(index, version)
+
+    def version_in_file():
+        twin = Adam.load(path, params)
+        values = {float(value) for entry in twin.state.values() for array in entry.values()
+                  for value in np.unique(array)}
+        assert len(values) == 1, f"torn: {values}"
+        return int(values.pop())
+
+    make(1)
+    opt.save(path)
+    known = 1
+    torn = 0
+    for kill in range(kills):
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            for version in range(known + 1, known + 10_000):
+                make(version)
+                opt.save(path)
+                os.write(write, version.to_bytes(8, "little"))
+            os._exit(1)
+        os.close(write)
+        started = os.read(read, 8)  # one is saved for sure, and the next on its way
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        said = started
+        while more := os.read(read, 65536):
+            said = more
+        os.close(read)
+        told = int.from_bytes(said[-8:], "little")
+        torn += len(os.listdir(os.path.dirname(path))) > 1
+        known = version_in_file()
+        assert known in (told, told + 1), f"{known} in the file, {told} was saved"
+    make(known)
+    opt.save(path)
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)], "leftovers"
+    print(torn)
+"""
+
+
+@posix
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    kills = 60
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path / "a"), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > kills // 4, "most kills should meet a file half written"
+
+
+@contextmanager
+def leaves_the_old_file(folder: Path, error: int) -> Iterator[Path]:
+    """The body fails with this errno; before and after it the file is the same, and the only one."""
+    path = folder / "a"
+    small().save(path)
+    old = path.read_bytes()
+    with pytest.raises(OSError) as caught:
+        yield path
+    assert caught.value.errno == error
+    assert caught.value.filename == str(path), "the message names the file"
+    assert "Nothing was saved; what was there before is as it was" in str(caught.value)
+    assert path.read_bytes() == old
+    assert os.listdir(folder) == ["a"]
+
+
+@posix
+@pytest.mark.parametrize("limit", [0, 1, 1000, 5000, 1_000_000, 16_000_000])
+def test_file_size_limit(tmp_path: Path, limit: int) -> None:
+    import resource
+
+    opt = Adam([np.zeros(1_000_000)])  # 16 MB
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with leaves_the_old_file(tmp_path, errno.EFBIG) as path:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores SIGXFSZ
+        try:
+            opt.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@posix
+def test_disk_full(tmp_path: Path) -> None:
+    size = ["-o", "size=256k"]
+    try:
+        made = subprocess.run(["mount", "-t", "tmpfs", *size, "tmpfs", tmp_path], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no mount")
+    if made.returncode != 0:
+        pytest.skip("mount needs root")
+    try:
+        for count in (11_000, 16_384, 100_000):
+            with leaves_the_old_file(tmp_path, errno.ENOSPC) as path:
+                Adam([np.zeros(count), np.zeros(count, np.float32)]).save(path)
+        small().save(tmp_path / "a")  # there is room again
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    """The system tells of an error once: where an early flush hears of it, a later one succeeds."""
+    calls = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with leaves_the_old_file(tmp_path, errno.EIO) as path:
+        monkeypatch.setattr(os, "fsync", fsync)
+        if early:
+            monkeypatch.setattr(_replace, "_FLUSHED_EARLY", 100)
+        small().save(path)
+    assert not early or len(calls) >= 1
+
+
+def test_no_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Any, target: Any) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(source), None, str(target))
+
+    with leaves_the_old_file(tmp_path, errno.EACCES) as path:
+        monkeypatch.setattr(os, "replace", replace)
+        small().save(path)
+
+
+def test_folder_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: the file is there, and saved as well as it can be."""
+    fsync = os.fsync
+
+    def fail_on_folders(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), os.stat(tmp_path)):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_on_folders)
+    small().save(tmp_path / "a")
+    assert_same_state(Adam.load(tmp_path / "a", like_small()), small())
+
+
+def test_writes_that_stop_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(_replace.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+    small().save(tmp_path / "a")
+    monkeypatch.setattr(_replace, "FileIO", Short)
+    small().save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_saved_by_the_exit_of_the_interpreter(tmp_path: Path) -> None:
+    """When threads are no longer started, and more is saved than is flushed at once."""
+    script = """
+        import atexit, sys
+        import numpy as np
+        from fused_adam import Adam
+        params = np.zeros(5_000_000)
+        opt = Adam(params)
+        atexit.register(lambda: opt.save(sys.argv[1]))
+    """
+    path = str(tmp_path / "a")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), path], check=True, timeout=60)
+    Adam.load(path, np.zeros(5_000_000))
+
+
+@posix
+@pytest.mark.parametrize("kind", ["fifo", "full", "socket"])
+def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
+    """Neither waited for by load, nor replaced by save."""
+    path = tmp_path / "a"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "full":  # a device like /dev/full, without a risk for that
+        try:
+            os.mknod(path, 0o020666, os.makedev(1, 7))
+        except OSError:
+            pytest.skip("devices need root")
+    else:
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as one:
+            try:
+                one.bind(str(path))
+            except OSError:
+                pytest.skip("the path is too long for a socket")
+    before = os.lstat(path)
+    with pytest.raises(OSError, match="device or a pipe"):
+        small().save(path)
+    with pytest.raises((CheckpointError, OSError), match=re.escape(str(path))):
+        Adam.load(path, like_small())
+    after = os.lstat(path)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+# --- Files that are damaged ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    small().save(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def check_refused(path: Path, message: str = "", params: Any = None) -> None:
+    params = like_small() if params is None else params
+    with pytest.raises(CheckpointError, match="^" + re.escape(f"{path}: ") + f".*{message}") as caught:
+        Adam.load(path, params)
+    assert type(caught.value) is CheckpointError
+    assert len(str(caught.value)) < 1000 + len(str(path)), "for a person"
+
+
+def header_size(path: Path) -> int:
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_cut_off_anywhere(saved: Path) -> None:
+    size = saved.stat().st_size
+    header = header_size(saved)
+    lengths = {*range(header + 1), *range(0, size, 64), *range(size - 9, size)}
+    for length in sorted(lengths, reverse=True):
+        os.truncate(saved, length)
+        check_refused(saved, "cut off" if length >= 8 else "empty|no checkpoint")
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_every_flipped_bit(saved: Path, bit: int) -> None:
+    whole = saved.read_bytes()
+    params = like_small()
+    with open(saved, "r+b", buffering=0) as file:
+        for place, byte in enumerate(whole):
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << bit]))
+            with pytest.raises(CheckpointError):
+                Adam.load(saved, params)
+            file.seek(place)
+            file.write(bytes([byte]))
+    assert_same_state(Adam.load(saved, params), small())  # mended
+
+
+def test_which_array_is_damaged(saved: Path) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    check_refused(
+        saved, "it is damaged: max_exp_avg_sq of parameter 'w' has another checksum. Use another copy"
+    )
+    start = header_size(saved)
+    saved.write_bytes(whole[:start] + b"\x01" + whole[start + 1 :])
+    check_refused(saved, "it is damaged: the array of step counts has another checksum")
+
+
+@pytest.mark.parametrize("tail", [b"\0", b"x", b"\0" * 4096, None], ids=repr)
+def test_appended(saved: Path, tail: bytes | None) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole + (whole if tail is None else tail))
+    check_refused(saved, "has something appended")
+
+
+def test_blocks_that_changed_places(saved: Path) -> None:
+    """What a checksum of sums would not see: arrays of the same bytes elsewhere."""
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:-72] + whole[-48:-24] + whole[-72:-48] + whole[-24:])
+    check_refused(saved, "has another checksum")
+    saved.write_bytes(whole[: header_size(saved)] + bytes(len(whole) - header_size(saved)))
+    check_refused(saved, "has another checksum")
+
+
+# --- Files that are made to harm ----------------------------------------------------------------------
+
+
+def forge(path: Path, text: bytes, data: bytes = b"") -> None:
+    """A file with this header, whose checksum is made right."""
+    text += b" " * (-(8 + len(text)) % 64)
+    blank = len(text).to_bytes(8, "little") + re.sub(
+        rb'("header_crc32":")[0-9a-f]{8}', rb"\g<1>00000000", text, count=1
+    )
+    checksum = b'"header_crc32":"%08x' % zlib.crc32(blank)
+    path.write_bytes(blank.replace(b'"header_crc32":"00000000', checksum, 1) + data)
+
+
+def parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    whole = path.read_bytes()
+    start = header_size(path)
+    return json.loads(whole[8:start]), whole[start:]
+
+
+def dumps(header: Any) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def edit(header: Any, *path: Any, value: Any) -> None:
+    """Set a value, also inside what is JSON within JSON; ... removes it."""
+    key, rest = path[0], path[1:]
+    if not rest:
+        if value is ...:
+            del header[key]
+        else:
+            header[key] = value
+        return
+    if isinstance(header[key], str):
+        inner = json.loads(header[key])
+        edit(inner, *rest, value=value)
+        header[key] = json.dumps(inner)
+    else:
+        edit(header[key], *rest, value=value)
+
+
+META = "__metadata__"
+W, B = "state.0.exp_avg", "state.1.exp_avg"
+TERA = 2**40
+NOT_OURS = "it is no checkpoint of fused-adam, or its header is damaged"
+TABLE = "its table is wrong at"
+GROUP = (META, "param_groups", 0)
+ODD: list[Any] = [None, True, 1, -1, 1.5, "", "x", [], [1], [None], {}, {"a": 1}, ["a", {}], TERA, 10**400]
+
+# Where, what, how the message goes on.
+HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
+    ((W, "shape"), [TERA, TERA], "parameter 'w' is float32 of shape (2, 3), but float32 of shape"),
+    ((W, "shape"), [3, 2], "parameter 'w' is float32 of shape (2, 3), but float32 of shape (3, 2)"),
+    ((W, "shape"), [-2, -3], "parameter 'w' is float32 of shape (2, 3), but"),
+    ((W, "shape"), [2.0, 3.0], TABLE),
+    ((W, "dtype"), "F64", "but float64 of shape (2, 3) in the file"),
+    ((W, "dtype"), "BF16", "but an unknown dtype of shape (2, 3) in the file"),
+    ((W, "dtype"), "x" * 10**6, "but an unknown dtype of shape (2, 3) in the file"),
+    ((W, "shape"), list(range(10**5)), "of another model"),
+    ((W, "data_offsets"), [0, 24], f"{TABLE} exp_avg of parameter 'w'"),
+    ((W, "data_offsets"), [-24, 0], TABLE),
+    ((W, "data_offsets"), [TERA, TERA + 24], TABLE),
+    ((W, "data_offsets"), [136, 112], TABLE),
+    ((W, "data_offsets"), [112.0, 136.0], TABLE),
+    ((B, "data_offsets"), [17, 49], f"{TABLE} exp_avg of parameter 'b'"),
+    ((W, "more"), 1, TABLE),
+    ((W, "dtype"), ..., "an unknown dtype"),
+    ((W, "data_offsets"), ..., TABLE),
+    ((W,), ..., NOT_OURS),
+    (("state.0.exp_avg_sq",), ..., f"{TABLE} exp_avg_sq of parameter 'w'"),
+    (("step",), ..., f"{TABLE} the array of step counts"),
+    (("step", "dtype"), "F64", f"{TABLE} the array of step counts"),
+    (("step", "shape"), [3], f"{TABLE} the array of step counts"),
+    (("state.0.grad",), {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "arrays that are not Adam's"),
+    (
+        ("state.2.exp_avg",),
+        {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+        "arrays that are not Adam's",
+    ),
+    (("state.0.max_exp_avg_sq",), ..., "arrays that are not Adam's|its table is wrong"),
+    ((META, "crc32", "more"), "00000000", "arrays that are not Adam's"),
+    ((META, "crc32", W), ..., f"{TABLE} exp_avg of parameter 'w'"),
+    ((META, "crc32", W), "00000000", "exp_avg of parameter 'w' has another checksum"),
+    ((META, "crc32", W), "f" * 10**6, "exp_avg of parameter 'w' has another checksum"),
+    ((META, "fused_adam_format"), "2", "it has format 2, of fused-adam .*Upgrade fused-adam"),
+    ((META, "fused_adam_format"), "999999999", "it has format 999999999, .*Upgrade fused-adam"),
+    *(
+        ((META, "fused_adam_format"), bad, NOT_OURS)
+        for bad in ("", "0", "-1", "1.0", "x", "1_0", " 1", "٣", 1)
+    ),
+    ((META,), ..., NOT_OURS),
+    *(((META, key), ..., NOT_OURS) for key in ("fused_adam_format", "fused_adam_version", "crc32")),
+    ((META, "header_crc32"), ..., NOT_OURS),
+    ((META, "param_groups"), ..., NOT_OURS),
+    ((META, "param_groups"), "[" * 10**5, NOT_OURS),
+    ((META, "param_groups"), '[{"lr": NaN}]', NOT_OURS),
+    ((META, "param_groups"), '[{"lr": 1, "lr": 2}]', NOT_OURS),
+    ((META, "param_groups"), "[]", "it has 0 parameter groups, but params has 1"),
+    ((*GROUP, "params"), [1, 0], NOT_OURS),
+    ((*GROUP, "params"), [0.0, 1.0], NOT_OURS),
+    ((*GROUP, "params"), [0], "it has 1 parameters, but params has 2"),
+    ((*GROUP, "params"), ..., NOT_OURS),
+    ((*GROUP, "param_names"), ["w", "c"], "'b' in params but not in the file|other names"),
+    ((*GROUP, "param_names"), [["w"], {}], "other names"),
+    ((*GROUP, "param_names"), ["w" * 10**5, "c" * 10**5], "other names"),
+    ((*GROUP, "lr"), -1, r"options that no optimizer has: param_groups\[0\]\['lr'\] must be finite and >= 0"),
+    ((*GROUP, "betas"), [0.9, 1.0], r"options that no optimizer has: param_groups\[0\]\['betas'\]\[1\]"),
+    ((*GROUP, "amsgrad"), 1, r"options that no optimizer has: param_groups\[0\]\['amsgrad'\]"),
+    *((path, odd, "") for path in ((META,), (W,), (W, "shape"), (W, "dtype")) for odd in ODD),
+    *(((W, "data_offsets"), odd, "") for odd in ODD),
+    *(((META, key), odd, "") for key in ("crc32", "param_groups", "header_crc32") for odd in ODD),
+    *(((*GROUP[:2],), json.dumps(odd), "") for odd in ODD[:-1]),
+    *(((META, "param_groups"), json.dumps([odd]), "") for odd in ODD[:-1]),
+    *(((META, "crc32"), json.dumps(odd), "") for odd in ODD[:-1]),
+    *(((*GROUP, "params"), odd, "") for odd in ODD[:-1]),
+    *(((*GROUP, "param_names"), odd, "") for odd in ODD[1:-1]),
+    *(((*GROUP, "betas"), odd, "") for odd in ODD[:-1]),
+]
+
+
+def test_hostile_headers(saved: Path) -> None:
+    text, data = saved.read_bytes()[8 : header_size(saved)], parts(saved)[1]
+    forge(saved, text, data)
+    Adam.load(saved, like_small())  # so the forger is good at it
+    tracemalloc.start()
+    try:
+        for path, value, message in HOSTILE:
+            header = json.loads(text)
+            if value == 10**400:
+                edit(header, *path, value="@")
+                forged = dumps(header).replace(b'"@"', b"1" * 5000)
+            else:
+                edit(header, *path, value=value)
+                forged = dumps(header)
+            forge(saved, forged, data)
+            message = message if ".*" in message or "\\" in message or "|" in message else re.escape(message)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            try:
+                check_refused(saved, message)
+            except BaseException:
+                print(f"{path} = {value!r:.100}")  # shown with the failure
+                raise
+            assert tracemalloc.get_traced_memory()[1] - before < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_steps_that_are_none(saved: Path) -> None:
+    for step in (-1, 2**53 + 1, 2**63 - 1, -(2**63), int(np.float64("nan").view(np.int64))):
+        header, data = parts(saved)
+        raw = np.array([3, step]).tobytes()
+        edit(header, META, "crc32", "step", value=f"{zlib.crc32(raw):08x}")
+        forge(saved, dumps(header), raw + data[16:])
+        check_refused(saved, f"the step count of parameter 'b' is {step}")
+
+
+def test_duplicate_keys(saved: Path) -> None:
+    """Two readers could take one each."""
+    header, data = parts(saved)
+    text = dumps(header)
+    for key in (META, W, "shape", "step"):
+        mark = b'"%s":' % key.encode()
+        begin = text.index(mark)
+        value = dumps(header.get(key, [2, 3]))
+        forge(saved, text[:begin] + mark + value + b"," + text[begin:], data)
+        check_refused(saved, NOT_OURS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"__metadata__":{}}',
+        b"[" * 10**6,
+        b'{"a":' * 10**6,
+        b'{"__metadata__":{"header_crc32":"00000000"' + b',"x":[' * 10**5,
+        b'{"__metadata__":{"header_crc32":"00000000"}}',
+        b'"header_crc32":"00000000"',
+        b'{"__metadata__":{"header_crc32":"00000000"},"\xff\xfe":1}',
+        '{"__metadata__":{"header_crc32":"00000000"}}'.encode("utf-16"),
+        b'{"__metadata__":{"header_crc32":"00000000"},"x":' + b"1" * 10**6 + b"}",
+        b'{"__metadata__":{"header_crc32":"00000000"},"x":NaN}',
+        b'{"__metadata__":{"header_crc32":"00000000"},"x":[' + b"[]," * 10**5 + b"[]]}",
+    ],
+    ids=lambda text: text[:12].decode("latin-1") + f"-{len(text)}",
+)
+def test_headers_that_are_no_headers(tmp_path: Path, text: bytes) -> None:
+    forge(tmp_path / "a", text, bytes(100))
+    tracemalloc.start()
+    try:
+        check_refused(tmp_path / "a")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 99_999_992, 10**8 + 1, 2**31, 2**40, 2**63, 2**64 - 1])
+def test_header_lengths(tmp_path: Path, length: int) -> None:
+    """Also where the file is as long as it says, which costs nothing: it is a hole."""
+    path = tmp_path / "a"
+    for size in (8, 1000, 200_000_000):
+        path.write_bytes(length.to_bytes(8, "little"))
+        os.truncate(path, size)
+        tracemalloc.start()
+        try:
+            check_refused(path)
+            assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def write_npz(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, w=np.ones(3))
+
+
+def write_safetensors(path: Path) -> None:
+    pytest.importorskip("safetensors.numpy").save_file({"w": np.ones(3)}, path, metadata={"format": "np"})
+
+
+def write_safetensors_again(path: Path) -> None:
+    """Ours, read and written by another tool: its checksum of the header is no longer that of the header."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    small().save(path)
+    header, _ = parts(path)
+    numpy.save_file(numpy.load_file(path), path, metadata=header[META])
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "it is empty"),
+    "short": (lambda path: path.write_bytes(b"1234567"), NOT_OURS),
+    "text": (lambda path: path.write_text("hello " * 100), NOT_OURS),
+    "npz": (write_npz, NOT_OURS),
+    "safetensors": (write_safetensors, NOT_OURS),
+    "safetensors-again": (write_safetensors_again, "its header is damaged"),
+    "json": (lambda path: path.write_text('{"header_crc32":"00000000"}'), NOT_OURS),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_other_files(tmp_path: Path, kind: str) -> None:
+    write, message = FILES[kind]
+    write(tmp_path / "a")
+    check_refused(tmp_path / "a", message)
+
+
+def test_refusal_changes_nothing_of_the_caller(saved: Path) -> None:
+    """Params are never written; the options of the groups that load is given are the caller's, too."""
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    params = like_small()
+    groups = [{"params": params, "lr": 0.5, "mine": [1]}]
+    before = {key: array.tobytes() for key, array in params.items()}
+    check_refused(saved, params=groups)
+    assert {key: array.tobytes() for key, array in params.items()} == before
+    assert groups == [{"params": params, "lr": 0.5, "mine": [1]}]
