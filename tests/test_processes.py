@@ -6,6 +6,7 @@ servers and clusters use processes. No test measures a time; where something wai
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -116,8 +117,19 @@ def assert_same(found: Any, expected: Any) -> None:
 # --- fork -------------------------------------------------------------------------------------------
 
 
+def alone(test: Callable[[], None]) -> Callable[[], None]:
+    """Run a test in a child, whose team is new: the one of all tests may have all helpers that it can have."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        Child(test, 2 * PATIENCE).result()
+
+    return run
+
+
 @needs_fork
 @needs_tasks
+@alone
 def test_prefork_server() -> None:
     """As gunicorn does: the parent loads and warms up, forks its workers, goes on, and forks another."""
     model, twin = Model(num_threads=2), Model(num_threads=1)
@@ -144,6 +156,7 @@ def test_prefork_server() -> None:
 
 @needs_fork
 @needs_tasks
+@alone
 def test_grandchild() -> None:
     """Each generation has helpers of its own when it forks the next one, and goes on afterwards."""
     model = Model(num_threads=2)
