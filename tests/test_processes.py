@@ -118,7 +118,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def alone(test: Callable[[], None]) -> Callable[[], None]:
-    """Run a test in a child, whose team is new: the one of all tests may have all helpers that it can have."""
+    """Run a test in a child, whose team is new: that of all tests may have all helpers that it can have."""
 
     @functools.wraps(test)
     def run() -> None:
