@@ -532,6 +532,18 @@ def test_adamw_is_adam_with_decoupled_decay() -> None:
         AdamW(a, decoupled_weight_decay=False)
 
 
+def test_adamw_refuses_a_group_with_another_decay() -> None:
+    """A checkpoint would make it decoupled again when it is loaded."""
+    group = {"params": np.ones(2), "decoupled_weight_decay": False}
+    with pytest.raises(
+        ValueError, match=r"^param_groups\[0\]\['decoupled_weight_decay'\] must be True in AdamW"
+    ):
+        AdamW([group])
+    opt = AdamW(np.ones(2))
+    with pytest.raises(ValueError, match=r"^param_groups\[1\]\['decoupled_weight_decay'\] must be True"):
+        opt.add_param_group(group)
+
+
 def test_step_info_is_a_constant() -> None:
     opt = Adam(np.ones(2))
     info = opt.step(np.ones(2))

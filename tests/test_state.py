@@ -503,6 +503,13 @@ def test_copy_goes_on(duplicate: Callable[[Any], Any], kind: str, steps: int) ->
 
 
 @copies
+def test_copy_with_an_array_among_its_options(duplicate: Callable[[Any], Any]) -> None:
+    opt = Adam(np.ones(2))
+    opt.param_groups[0]["schedule"] = np.arange(3)
+    assert_same_bits(duplicate(opt).param_groups[0]["schedule"], np.arange(3))
+
+
+@copies
 def test_copy_of_names_and_buffers(duplicate: Callable[[Any], Any]) -> None:
     _, opt = new("adam")
     opt.grads["w"] += 3

@@ -453,6 +453,9 @@ class Adam:
             if key != "params" and is_array and not frozen:
                 raise ValueError(f"{where}[{key!r}] is an array: arrays to train belong under 'params'.")
         _core.check_options(options, where)
+        for key, value in self._fixed_options.items():
+            if options[key] != value and not frozen:
+                raise ValueError(f"{where}[{key!r}] must be {value} in {type(self).__name__}. Use Adam.")
         # What messages call the params: an expression on what the caller passed.
         root = f"{where}['params']" if grouped else "params"
         structure = _core.Structure(options["params"])
