@@ -21,9 +21,7 @@ class Worker:
 
     def __init__(self, peer: str, threads: int, environment: dict[str, str] | None = None) -> None:
         limits = {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(max(threads, 1))}
-        # XLA and BLAS take what the process may use: one thread means one CPU.
         command = [sys.executable, "-m", "benchmarks.worker", peer, str(threads)]
-        self.peer, self.threads = peer, threads
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -35,11 +33,14 @@ class Worker:
 
     def ask(self, **order: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise RuntimeError(f"the process of {self.peer} died; run python -m benchmarks.worker to see why")
+            return {"unable": "its process died; run python -m benchmarks.worker to see why"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -47,9 +48,7 @@ class Worker:
         return self.ask(do="setup", shapes=workload.shapes, dtype=dtype, seconds=seconds)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # the end of its stdin; no error if it is dead
 
 
 @dataclass
@@ -90,9 +89,8 @@ def side_by_side(
     def start(peer: str) -> tuple[Worker, int] | None:
         worker = Worker(peer, threads)
         answer = worker.setup(workload, dtype, effort.seconds)
-        reason = answer.get("missing") or answer.get("unable")
-        if reason:
-            left_out[peer] = reason
+        if "unable" in answer:
+            left_out[peer] = answer["unable"]
             worker.close()
             return None
         return worker, max(1, round(effort.seconds / answer["seconds"]))
@@ -109,14 +107,19 @@ def side_by_side(
                     workers[peer] = started
                 worker, steps = workers[peer]
                 time.sleep(0.012)  # the last peer's threads spin on for up to 10 ms
-                rounds.setdefault(peer, []).append(worker.ask(do="time", steps=steps)["seconds"])
-                if workload.size >= LARGE:
+                answer = worker.ask(do="time", steps=steps)
+                if "unable" in answer:
+                    left_out[peer] = answer["unable"]
+                else:
+                    rounds.setdefault(peer, []).append(answer["seconds"])
+                if workload.size >= LARGE or peer in left_out:
                     workers.pop(peer)[0].close()
     finally:
         for worker, _ in workers.values():
             worker.close()
-    return {peer: timing(values) for peer, values in rounds.items()}, left_out
+    return {peer: timing(values) for peer, values in rounds.items() if peer not in left_out}, left_out
 
 
 def known_peers(names: Sequence[str] | None) -> list[str]:
-    return [peer for peer in PEERS if names is None or peer in names]
+    """In the order of PEERS; fused-adam always."""
+    return [peer for peer in PEERS if names is None or peer in names or peer == "fused-adam"]

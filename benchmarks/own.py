@@ -83,12 +83,11 @@ def gradients_made_anew(effort: Effort) -> dict[str, Timing]:
 
 
 def allocated_by_steps() -> dict[str, int]:
-    """Bytes that 1,000 steps add: traced by Python, and resident; and bytes of state per parameter."""
+    """Bytes that 1,000 steps add to the peaks, traced by Python and resident; bytes of the moments."""
     params = [np.ones(1000, np.float32) for _ in range(100)]
     grads = [np.ones(1000, np.float32) for _ in range(100)]
     tracemalloc.start()
     opt = Adam(params)
-    state, _ = tracemalloc.get_traced_memory()
     for _ in range(10):
         opt.step(grads)
     tracemalloc.reset_peak()
@@ -102,7 +101,6 @@ def allocated_by_steps() -> dict[str, int]:
         "traced_peak": peak - before,
         "resident_peak": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident),
         "moments": sum(entry[k].nbytes for entry in opt.state.values() for k in ("exp_avg", "exp_avg_sq")),
-        "state": state,
         "params": sum(param.size for param in params),
     }
 
@@ -111,52 +109,62 @@ def _workload(name: str) -> Workload:
     return next(w for w in WORKLOADS if w.name == name)
 
 
-def busy_machine(peers: Sequence[str], scale: float) -> list[dict[str, Any]]:
-    """Medians and p99 of single steps, idle and with one core held by another process."""
+def busy_machine(peers: Sequence[str], counts: Sequence[int], scale: float) -> list[dict[str, Any]]:
+    """Single steps, idle and with one core held by another process, by number of threads."""
     rows = []
-    for name, count in (("1 array of 1,000", 20_000), ("1 array of 1,000,000", 4_000)):
+    for name, count in (("1 array of 1,000", 20_000), ("1 array of 1,000,000", 10_000)):
         for peer in peers:
-            for threads in (1, 2):
+            for threads in counts:
                 row: dict[str, Any] = {"workload": name, "peer": peer, "threads": threads}
                 for state in ("idle", "busy"):
                     worker = Worker(peer, threads)
-                    if "seconds" not in worker.setup(_workload(name), "float32", 0.2):
-                        worker.close()
-                        break
+                    worker.setup(_workload(name), "float32", 0.2)
                     other = (
                         subprocess.Popen([sys.executable, "-c", "while True: pass"])
                         if state == "busy"
                         else None
                     )
                     time.sleep(0.3)
-                    samples = worker.ask(do="sample", steps=max(1000, int(count * scale)), pause=0)["samples"]
+                    answer = worker.ask(do="sample", steps=max(1000, int(count * scale)), pause=0)
                     worker.close()
                     if other is not None:
                         other.kill()
                         other.wait()
-                    row[state] = {
-                        "median": statistics.median(samples),
-                        "p99": statistics.quantiles(samples, n=100)[98],
-                        "max": max(samples),
-                    }
+                    if "samples" not in answer:
+                        break
+                    row[state] = _summary(answer["samples"])
                 else:
                     rows.append(row)
     return rows
 
 
-def idle_cost(peers: Sequence[str]) -> list[dict[str, Any]]:
-    """CPU time of all threads per step, for steps 5 ms apart, beyond that of the same steps on 1 thread."""
+def _summary(samples: Sequence[float]) -> dict[str, float]:
+    summary = {
+        "median": statistics.median(samples),
+        "p99": statistics.quantiles(samples, n=100)[98],
+        "max": max(samples),
+    }
+    if len(samples) >= 10_000:  # ten of them are beyond it
+        summary["p99.9"] = statistics.quantiles(samples, n=1000)[998]
+    return summary
+
+
+def idle_cost(peers: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """CPU time of all threads per step, for steps 5 ms apart, by number of threads."""
     rows = []
     for name in ("1 array of 1,000", "1 array of 100,000", "1 array of 1,000,000"):
         for peer in peers:
-            cpu = {}
-            for threads in (1, 2):
+            row: dict[str, Any] = {"workload": name, "peer": peer}
+            for threads in counts:
                 worker = Worker(peer, threads)
-                if "seconds" in worker.setup(_workload(name), "float32", 0.1):
-                    cpu[threads] = worker.ask(do="sample", steps=200, pause=0.005)["cpu_seconds"]
+                worker.setup(_workload(name), "float32", 0.1)
+                answer = worker.ask(do="sample", steps=200, pause=0.005)
                 worker.close()
-            if len(cpu) == 2:
-                rows.append({"workload": name, "peer": peer, "cpu_1": cpu[1], "cpu_2": cpu[2]})
+                if "cpu_seconds" not in answer:
+                    break
+                row[f"cpu_{threads}"] = answer["cpu_seconds"]
+            else:
+                rows.append(row)
     return rows
 
 

@@ -172,6 +172,8 @@ def numpy_textbook(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
 def limit(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
     from fused_adam._memory import zeros_like_each
 
+    if sum(map(prod, shapes)) < 32_768:
+        raise NotImplementedError("below 32,768 elements it would measure the call from Python")
     params, grads = _arrays(shapes, dtype)
     moments = zeros_like_each(params, 2)
     units = np.dtype(dtype).itemsize // 4
@@ -182,8 +184,7 @@ def limit(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
     ]
     sizes = (ctypes.c_int64 * count)(*(prod(s) * units for s in shapes))
     kernel = _compiled_limit()
-    team = threads if sum(sizes) >= 32_768 else 1
-    run = lambda: kernel(count, *streams, sizes, team)  # noqa: E731
+    run = lambda: kernel(count, *streams, sizes, threads)  # noqa: E731
     run.keep = (params, grads, moments)  # type: ignore[attr-defined]
     return run
 

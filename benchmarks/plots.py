@@ -41,7 +41,7 @@ def _speed(results: dict[str, Any], dtype: str, threads: int, path: Path) -> Non
     rows = [r for r in results["steps"] if (r["dtype"], r["threads"]) == (dtype, threads)]
     peers = [p for p in COLOURS if p != "fused-adam" and any(p in row["peers"] for row in rows)]
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.85 * len(rows)), layout="constrained")
-    height = 0.8 / len(peers)
+    height = 0.8 / max(len(peers), 1)
     for i, row in enumerate(rows):
         ours = row["peers"]["fused-adam"]["median"]
         for j, peer in enumerate(peers):
@@ -73,11 +73,12 @@ def _busy(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     workloads = list(dict.fromkeys(row["workload"] for row in results["busy"]))
+    threads = max(row["threads"] for row in results["busy"])
     figure, all_axes = plt.subplots(
         1, len(workloads), figsize=(9, 3.6), layout="constrained", sharey=True, squeeze=False
     )
     for axes, workload in zip(all_axes[0], workloads, strict=True):
-        rows = [r for r in results["busy"] if r["workload"] == workload and r["threads"] == 2]
+        rows = [r for r in results["busy"] if r["workload"] == workload and r["threads"] == threads]
         for i, row in enumerate(rows):
             colour = COLOURS[row["peer"]]
             axes.bar(i - 0.2, row["idle"]["median"] * 1e6, 0.38, color=colour, alpha=0.45)
@@ -87,7 +88,9 @@ def _busy(results: dict[str, Any], path: Path) -> None:
         axes.set_title(workload, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0][0].set_ylabel("us (pale: idle median, full: p99 when busy)")
-    figure.suptitle("A step with 2 threads while another process holds one of 2 cores", x=0.01, ha="left")
+    title = f"A step with {threads} thread{'s' * (threads > 1)} while another process holds one of "
+    title += f"{results['machine']['cpus']} cores"
+    figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -36,20 +36,21 @@ def step_tables(results: dict[str, Any]) -> str:
 
 
 def busy_table(results: dict[str, Any]) -> str:
+    columns = [("idle", "median"), ("idle", "p99")]
+    columns += [("busy", k) for k in ("median", "p99", "p99.9", "max")]
+    columns = [(s, k) for s, k in columns if any(k in row[s] for row in results["busy"])]
     body = []
     for row in results["busy"]:
-        figures = [seconds_text(row[s][k]) for s in ("idle", "busy") for k in ("median", "p99")]
+        figures = [seconds_text(row[s][k]) if k in row[s] else "-" for s, k in columns]
         body.append([row["workload"], row["peer"], str(row["threads"]), *figures])
-    header = ["workload", "peer", "threads", "idle median", "idle p99", "busy median", "busy p99"]
+    header = ["workload", "peer", "threads", *(f"{s} {k}" for s, k in columns)]
     return "**With one core held by another process**\n\n" + table(header, body)
 
 
 def idle_table(results: dict[str, Any]) -> str:
-    body = [
-        [row["workload"], row["peer"], seconds_text(row["cpu_1"]), seconds_text(row["cpu_2"])]
-        for row in results["idle"]
-    ]
-    header = ["workload", "peer", "1 thread", "2 threads"]
+    keys = list(dict.fromkeys(key for row in results["idle"] for key in row if key.startswith("cpu_")))
+    body = [[row["workload"], row["peer"], *(seconds_text(row[k]) for k in keys)] for row in results["idle"]]
+    header = ["workload", "peer", *(f"{k[4:]} thread{'s' * (k != 'cpu_1')}" for k in keys)]
     return "**CPU time of a step, steps 5 ms apart**\n\n" + table(header, body)
 
 

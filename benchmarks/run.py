@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import own, plots, report, targets
 from benchmarks.measure import LARGE, Effort, known_peers, side_by_side
+from benchmarks.peers import PEERS
 from benchmarks.workloads import WORKLOADS
 from fused_adam import show_config
 
@@ -23,7 +24,9 @@ QUICK_PEERS = ("fused-adam", "torch fused", "Numba loop", "textbook NumPy", "lim
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer peers and rounds: under 3 minutes")
-    parser.add_argument("--peers", nargs="+", help="measure only these")
+    parser.add_argument(
+        "--peers", nargs="+", choices=list(PEERS), metavar="PEER", help="fused-adam and these only"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results"), help="default: %(default)s"
     )
@@ -32,11 +35,13 @@ def main() -> None:
     peers = known_peers(arguments.peers or (QUICK_PEERS if quick else None))
 
     results: dict[str, Any] = {"machine": machine(), "steps": [], "left_out": {}}
-    kinds = [("float32", 2), ("float32", 1)] + ([] if quick else [("float64", 2), ("float64", 1)])
-    for dtype, threads in kinds:
+    cpus = show_config()["cpus"]
+    counts = sorted({1, min(2, cpus)} if quick else {1, min(2, cpus), cpus})
+    dtypes = ("float32",) if quick else ("float32", "float64")
+    for dtype, threads in [(dtype, count) for dtype in dtypes for count in reversed(counts)]:
         for workload in WORKLOADS:
             large = workload.size >= LARGE
-            if quick and threads == 1 and large:
+            if quick and threads < counts[-1] and large:
                 continue
             effort = Effort(
                 (3 if quick else 5) if large else 5 if quick else 9, 0.02 if quick and not large else 0.05
@@ -60,11 +65,10 @@ def main() -> None:
     results["memory"] = own.allocated_by_steps()
     rivals = ("fused-adam",) if quick else ("fused-adam", "torch fused", "Numba loop")
     present = [peer for peer in rivals if peer in peers and peer not in results["left_out"]]
-    results["busy"] = own.busy_machine(present, 0.3 if quick else 1)
-    results["idle"] = own.idle_cost(present)
+    results["busy"] = own.busy_machine(present, counts, 0.3 if quick else 1)
+    results["idle"] = own.idle_cost(present, counts)
     results["isas"] = own.isas(effort)
     results["scaling"] = own.scaling(effort)
-    results["targets"] = [asdict(target) for target in targets.judge(results)]
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -15,10 +15,11 @@ GPT2 = "GPT-2 small, 148 arrays, 124 M"
 
 # How many times faster than PyTorch's fused Adam, and with how many threads that is measured.
 OVER_TORCH = {US: (25, 2), MLP: (6, 2), MANY: (80, 2), LORA: (4, 1), K100: (5, 2), M1: (2.2, 2), GPT2: (1, 2)}
-# The share of the speed that the streams alone would have.
+# The share of the speed of limit.cpp.
 OF_LIMIT = {K100: 0.70, M1: 0.70, GPT2: 0.95}
 # Two equal programs differ by this much between runs: "not slower" means not slower by more.
 NOISE = 0.03
+WITHIN = f", within {NOISE:.0%}".replace("%", " %")
 
 
 @dataclass
@@ -41,6 +42,8 @@ def judge(results: dict[str, Any]) -> list[Target]:
         for row in results["steps"]
     }
     for (workload, dtype, threads), medians in steps.items():
+        if "fused-adam" not in medians:
+            continue
         at = f"{workload}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         ours = medians["fused-adam"]
         others = {p: t for p, t in medians.items() if p not in ("fused-adam", "limit")}
@@ -48,15 +51,23 @@ def judge(results: dict[str, Any]) -> list[Target]:
             peer, best = min(others.items(), key=lambda item: item[1])
             ratio = best / ours
             targets.append(
-                Target(f"not slower than any peer, {at}", ">= 1", f"{ratio:.2f} x {peer}", ratio >= 1 - NOISE)
+                Target(
+                    f"not slower than any peer, {at}",
+                    f">= 1{WITHIN}",
+                    f"{ratio:.2f} x {peer}",
+                    ratio >= 1 - NOISE,
+                )
             )
-        factor, factor_threads = OVER_TORCH[workload]
+        factor, factor_threads = OVER_TORCH.get(workload, (0, 0))
         if threads == factor_threads and "torch fused" in medians:
             ratio = medians["torch fused"] / ours
-            slack = NOISE if factor == 1 else 0
+            slack, within = (NOISE, WITHIN) if factor == 1 else (0, "")
             targets.append(
                 Target(
-                    f"against torch fused, {at}", f">= {factor} x", f"{ratio:.1f} x", ratio >= factor - slack
+                    f"against torch fused, {at}",
+                    f">= {factor} x{within}",
+                    f"{ratio:.1f} x",
+                    ratio >= factor - slack,
                 )
             )
         if workload in OF_LIMIT and "limit" in medians and dtype == "float32":
@@ -74,38 +85,49 @@ def judge(results: dict[str, Any]) -> list[Target]:
     gradients = results["gradients"]
     ratio = gradients["made anew"]["median"] / gradients["reused"]["median"]
     targets.append(
-        Target("gradients made anew", "as reused ones", f"{ratio:.2f} of their time", ratio <= 1 + NOISE)
+        Target(
+            "gradients made anew, against reused ones", f"<= 1{WITHIN}", f"{ratio:.2f}", ratio <= 1 + NOISE
+        )
     )
 
     memory = results["memory"]
     traced = memory["traced_peak"]
     targets.append(
-        Target("allocated by 1,000 steps", "0 bytes beyond a call's", f"{traced} at peak", traced < 1024)
+        Target(
+            "allocated by 1,000 steps at any time", "< 1,024 bytes, of one call", f"{traced}", traced < 1024
+        )
+    )
+    resident = memory["resident_peak"] // 1024
+    targets.append(
+        Target("peak of resident memory grown by 1,000 steps", "<= 64 KiB", f"{resident} KiB", resident <= 64)
     )
     per_param = memory["moments"] / memory["params"]
     targets.append(Target("state per float32 parameter", "8 bytes", f"{per_param:g} bytes", per_param == 8))
 
-    for row in results["busy"]:
-        if row["peer"] != "fused-adam" or row["threads"] != 2:
+    fused = [row for row in results["busy"] if row["peer"] == "fused-adam"]
+    idle = {(row["workload"], row["threads"]): row["idle"]["median"] for row in fused}
+    for row in fused:
+        workload, threads = row["workload"], row["threads"]
+        base = threads if workload == US else 1
+        if threads == 1 or (workload, base) not in idle:
             continue
-        alone = next(
-            r["idle"]["median"]
-            for r in results["busy"]
-            if (r["peer"], r["workload"], r["threads"])
-            == ("fused-adam", row["workload"], 2 if row["workload"] == US else 1)
-        )
-        ratio = row["busy"]["p99"] / alone
+        ratio = row["busy"]["p99"] / idle[workload, base]
         targets.append(
             Target(
-                f"p99 with a core busy, {row['workload']}", "<= 3 idle medians", f"{ratio:.1f}", ratio <= 3
+                f"p99 with a core busy, {workload}, {threads} threads",
+                f"<= 3 idle medians of {base} thread{'s' * (base > 1)}",
+                f"{ratio:.1f}",
+                ratio <= 3,
             )
         )
     for row in results["idle"]:
-        if row["peer"] == "fused-adam":
-            burnt = row["cpu_2"] - row["cpu_1"]
+        if row["peer"] != "fused-adam":
+            continue
+        for threads in (int(key[4:]) for key in row if key.startswith("cpu_") and key != "cpu_1"):
+            burnt = row[f"cpu_{threads}"] - row["cpu_1"]
             targets.append(
                 Target(
-                    f"CPU burnt by waiting threads, steps 5 ms apart, {row['workload']}",
+                    f"CPU burnt by {threads} waiting threads, steps 5 ms apart, {row['workload']}",
                     "<= 0.25 ms a step",
                     f"{burnt * 1e3:.2f} ms",
                     burnt <= 0.25e-3,

@@ -14,6 +14,8 @@ from benchmarks.peers import PEERS
 
 def main() -> None:
     peer, threads = PEERS[sys.argv[1]], int(sys.argv[2])
+    if threads == 1 and sys.platform == "linux":  # XLA takes all CPUs that the process may use
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     # Libraries print what they like; answers go to the real stdout only.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -35,10 +37,10 @@ def main() -> None:
             elif order["do"] == "sample":
                 assert step is not None
                 answer["samples"], answer["cpu_seconds"] = _sample(step, order["steps"], order["pause"])
-        except ImportError as error:
-            answer["missing"] = str(error)
-        except NotImplementedError as error:
+        except (ImportError, NotImplementedError) as error:
             answer["unable"] = str(error)
+        except Exception as error:
+            answer["unable"] = repr(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -24,16 +24,16 @@ struct HyperParameters {
 // What adam_rule.hpp calls k. T is a float, a double, or a vector of either.
 template <class T>
 struct Coefficients {
-  T grad_sign;                    // -1 to maximize, else 1
-  T l2_decay;                     // weight_decay of the L2 form
-  T param_decay;                  // 1 - lr * weight_decay when decoupled, else 1 (an exact no-op)
-  T lerp_weight;                  // of grad - exp_avg: 1 - beta1, or -beta1 when lerp_from_grad
-  T one_minus_beta2;              //
-  T beta2;                        //
+  T grad_sign;    // -1 to maximize, else 1
+  T l2_decay;     // weight_decay of the L2 form
+  T param_decay;  // 1 - lr * weight_decay when decoupled, else 1 (an exact no-op)
+  T lerp_weight;  // of grad - exp_avg: 1 - beta1, or -beta1 when lerp_from_grad
+  T one_minus_beta2;
+  T beta2;
   T neg_sqrt_correction2;         // -sqrt(1 - beta2**step)
   T reciprocal_sqrt_correction2;  // 1 / sqrt(1 - beta2**step), of the narrowed root
-  T eps;                          //
-  T neg_step_size;                // -lr / (1 - beta1**step)
+  T eps;
+  T neg_step_size;  // -lr / (1 - beta1**step)
 };
 
 template <class T>

@@ -680,3 +680,12 @@ def test_groups_added_later_have_the_defaults_of_the_saved(tmp_path: pathlib.Pat
     assert twin.defaults == opt.defaults
     twin.add_param_group({"params": np.ones(2)})
     assert twin.param_groups[1]["lr"] == 0.5 and twin.param_groups[1]["betas"] == (0.5, 0.75)
+
+
+def test_defaults_that_no_optimizer_has_are_refused(tmp_path: pathlib.Path) -> None:
+    """Here, where they can be mended, and not when the file is read."""
+    opt = small()
+    opt.defaults["lr"] = -1
+    with pytest.raises(ValueError, match=r"^defaults\['lr'\] must be finite and >= 0, got -1"):
+        opt.save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())

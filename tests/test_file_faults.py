@@ -381,8 +381,8 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((W, "shape"), [2.0, 3.0], TABLE),
     ((W, "dtype"), "F64", "but float64 of shape (2, 3) in the file"),
     ((W, "dtype"), "BF16", "but an unknown dtype of shape (2, 3) in the file"),
-    ((W, "dtype"), "x" * 10**6, "but an unknown dtype of shape (2, 3) in the file"),
-    ((W, "shape"), list(range(10**5)), "of another model"),
+    ((W, "dtype"), "x" * 10**4, "but an unknown dtype of shape (2, 3) in the file"),
+    ((W, "shape"), list(range(10**4)), "of another model"),
     ((W, "data_offsets"), [0, 24], f"{TABLE} exp_avg of parameter 'w'"),
     ((W, "data_offsets"), [-24, 0], TABLE),
     ((W, "data_offsets"), [TERA, TERA + 24], TABLE),
@@ -407,7 +407,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((META, "crc32", "more"), "00000000", "arrays that are not Adam's"),
     ((META, "crc32", W), ..., f"{TABLE} exp_avg of parameter 'w'"),
     ((META, "crc32", W), "00000000", "exp_avg of parameter 'w' has another checksum"),
-    ((META, "crc32", W), "f" * 10**6, "exp_avg of parameter 'w' has another checksum"),
+    ((META, "crc32", W), "f" * 10**4, "exp_avg of parameter 'w' has another checksum"),
     ((META, "fused_adam_format"), "2", "it has format 2, of fused-adam .*Upgrade fused-adam"),
     ((META, "fused_adam_format"), "999999999", "it has format 999999999, .*Upgrade fused-adam"),
     *(
@@ -418,7 +418,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     *(((META, key), ..., NOT_OURS) for key in ("fused_adam_format", "fused_adam_version", "crc32")),
     ((META, "header_crc32"), ..., NOT_OURS),
     ((META, "param_groups"), ..., NOT_OURS),
-    ((META, "param_groups"), "[" * 10**5, NOT_OURS),
+    ((META, "param_groups"), "[" * 10**4, NOT_OURS),
     ((META, "param_groups"), '[{"lr": NaN}]', NOT_OURS),
     ((META, "param_groups"), '[{"lr": 1, "lr": 2}]', NOT_OURS),
     ((META, "param_groups"), "[]", "it has 0 parameter groups, but params has 1"),
@@ -428,7 +428,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*GROUP, "params"), ..., NOT_OURS),
     ((*GROUP, "param_names"), ["w", "c"], "'b' in params but not in the file|other names"),
     ((*GROUP, "param_names"), [["w"], {}], "other names"),
-    ((*GROUP, "param_names"), ["w" * 10**5, "c" * 10**5], "other names"),
+    ((*GROUP, "param_names"), ["w" * 10**4, "c" * 10**4], "other names"),
     ((*GROUP, "lr"), -1, r"options that no optimizer has: param_groups\[0\]\['lr'\] must be finite and >= 0"),
     ((*GROUP, "betas"), [0.9, 1.0], r"options that no optimizer has: param_groups\[0\]\['betas'\]\[1\]"),
     ((*GROUP, "amsgrad"), 1, r"options that no optimizer has: param_groups\[0\]\['amsgrad'\]"),
@@ -442,6 +442,31 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     *(((*GROUP, "param_names"), odd, "") for odd in ODD[1:-1]),
     *(((*GROUP, "betas"), odd, "") for odd in ODD[:-1]),
 ]
+
+
+NO_ROOM_FOR_FORTRAN = """
+import resource, signal, sys
+import numpy as np
+from fused_adam import Adam
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+opt = Adam({"w": np.ones((1024, 4096), np.float32, order="F")})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+for _ in range(50):
+    try:
+        opt.save(sys.argv[1])
+    except OSError:
+        continue
+    raise SystemExit("there was room")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are of Unix")
+def test_no_room_while_a_buffer_is_hashed(tmp_path: Path) -> None:
+    """What another thread still reads must not be freed: it crashed in each of 5 such programs."""
+    program = [sys.executable, "-c", NO_ROOM_FOR_FORTRAN, str(tmp_path / "a")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_hostile_headers(saved: Path) -> None:
@@ -467,7 +492,7 @@ def test_hostile_headers(saved: Path) -> None:
             except BaseException:
                 print(f"{path} = {value!r:.100}")  # shown with the failure
                 raise
-            assert tracemalloc.get_traced_memory()[1] - before < 64 << 20
+            assert tracemalloc.get_traced_memory()[1] - before < 8 << 20
     finally:
         tracemalloc.stop()
 
@@ -511,6 +536,9 @@ def test_duplicate_keys(saved: Path) -> None:
         b'{"__metadata__":{"header_crc32":"00000000"},"x":' + b"1" * 10**6 + b"}",
         b'{"__metadata__":{"header_crc32":"00000000"},"x":NaN}',
         b'{"__metadata__":{"header_crc32":"00000000"},"x":[' + b"[]," * 10**5 + b"[]]}",
+        b'{"__metadata__":{"header_crc32":"00000000"},"x":['
+        + b"{}," * 20_000
+        + b"[]]}",  # as long as it may be
     ],
     ids=lambda text: text[:12].decode("latin-1") + f"-{len(text)}",
 )
@@ -519,7 +547,7 @@ def test_headers_that_are_no_headers(tmp_path: Path, text: bytes) -> None:
     tracemalloc.start()
     try:
         check_refused(tmp_path / "a")
-        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
 

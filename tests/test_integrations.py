@@ -338,6 +338,19 @@ def test_thinc_refuses_without_counting(thinc):
     assert optimizer((2, "W"), empty, empty) == (empty, empty)
 
 
+def test_thinc_with_read_only_gradients_and_fortran_order(thinc):
+    from fused_adam.thinc import Adam as ThincAdam
+
+    optimizer = ThincAdam(0.1, grad_clip=0.0)
+    w, grad = np.ones((2, 3), "f", order="F"), np.ones((2, 3), "f", order="F")
+    grad.setflags(write=False)
+    with pytest.raises(ValueError, match="gradient is read-only"):
+        optimizer((1, "W"), w, grad)
+    assert (w == 1).all() and not optimizer.nr_update
+    optimizer((1, "W"), w, grad.copy(order="F"))
+    assert np.allclose(w, 0.9) and optimizer.nr_update[(1, "W")] == 1  # 0.1 is not a float
+
+
 def test_thinc_with_a_torch_layer(thinc, torch):
     from fused_adam.thinc import Adam as ThincAdam
 

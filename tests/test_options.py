@@ -265,3 +265,41 @@ def test_refuses_array_beside_params() -> None:
 
 def test_takes_numpy_integer_as_num_threads() -> None:
     Adam(np.ones(2), num_threads=np.int64(2)).step(np.ones(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [5, "", "\ud800", "float", None.__class__])
+def test_number_with_a_strange_dtype(kind: Any) -> None:
+    """What looks like an array and is none must not be taken for one: it crashed the process."""
+
+    class Strange:
+        class dtype: ...
+
+        def __float__(self) -> float:
+            return 0.5
+
+    Strange.dtype.kind = kind  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="lr must be a number"):
+        Adam(np.ones(2), lr=Strange())  # type: ignore[arg-type]
+
+
+def test_lr_getter_refuses_what_a_step_refuses() -> None:
+    opt = Adam([{"params": np.ones(2)}])
+    for value in ("0.1", None, NAN):
+        opt.param_groups[0]["lr"] = value
+        with pytest.raises((TypeError, ValueError), match=r"^param_groups\[0\]\['lr'\] must be"):
+            opt.lr  # noqa: B018
+        with pytest.raises((TypeError, ValueError), match=r"^param_groups\[0\]\['lr'\] must be"):
+            pickle.dumps(opt)  # which could not be loaded
+    opt.lr = 0.1
+    assert opt.lr == 0.1
+
+
+def test_options_are_not_shared() -> None:
+    betas = [0.9, 0.99]
+    opt = Adam(np.ones(2), betas=betas)  # type: ignore[arg-type]
+    opt.param_groups[0]["schedule"] = [1, 2]
+    saved = opt.state_dict()["param_groups"][0]
+    betas[0] = 0.5
+    opt.param_groups[0]["schedule"].append(3)
+    assert opt.param_groups[0]["betas"] == opt.defaults["betas"] == saved["betas"] == (0.9, 0.99)
+    assert saved["schedule"] == [1, 2]

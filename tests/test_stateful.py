@@ -53,7 +53,7 @@ class One:
         return [{"params": tree} for tree in self.trees]
 
     def grads(self, seed: int, missing: int) -> Any:
-        """Every `missing`th gradient is None; for 0, none of them is."""
+        """Every `missing`th gradient is None; for 0, none of them is. step(None) would ask for buffers."""
         grads = [random_like(tree, seed + i) for i, tree in enumerate(self.trees)]
         count = iter(range(1000))
 
@@ -61,8 +61,10 @@ class One:
             k = next(count)
             return None if missing and k % missing == 0 else grad
 
-        grads = map_tree(drop, grads)
-        return grads if self.grouped else grads[0]
+        dropped = map_tree(drop, grads)
+        if self.grouped:
+            return dropped
+        return grads[0] if dropped[0] is None else dropped[0]
 
     def step(self, seed: int, missing: int) -> None:
         self.opt.step(self.grads(seed, missing))

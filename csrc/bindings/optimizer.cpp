@@ -76,7 +76,6 @@ std::string Optimizer::owner_text(int64_t owner) const {
 
 py::tuple Optimizer::add_group(Structure structure, const std::string& root, bool amsgrad,
                                bool frozen) {
-  const Exclusive exclusive(*this);
   const size_t count = structure.size(), first = slots_.size(), index = groups_.size();
   if (count == 0) throw py::value_error(root + " has no arrays to train.");
   py::tuple params(count);
@@ -133,9 +132,11 @@ std::vector<std::vector<py::object>> Optimizer::allocate(const std::vector<size_
   for (size_t i = 0; i < indices.size(); ++i) {
     const Slot& slot = slots_[indices[i]];
     const Place name = place("the state of ", slot);
+    // While Python code ran, another thread may have given the param another shape.
+    const ArrayFacts like = slot.exp_avg ? slot.state : array_facts(slot.param, place("", slot));
     arrays.emplace_back();
     for (py::handle array : made[i]) {
-      require_like(array_facts(array, name), name, slot.state, place("", slot));
+      require_like(array_facts(array, name), name, like, place("", slot));
       require_writeable(array, name, "a step updates it in place.");
       arrays.back().push_back(py::reinterpret_borrow<py::object>(array));
     }

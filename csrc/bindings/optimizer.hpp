@@ -25,7 +25,8 @@ class Optimizer {
 
   // Takes the arrays of a group and makes their state; returns them as a flat tuple. root is what
   // messages call them: "params". Read-only arrays only where some may be frozen, as in the copy of
-  // an optimizer. Nothing has changed where it throws.
+  // an optimizer. Nothing has changed where it throws. Needs exclusive use.
+  // Needs exclusive use.
   py::tuple add_group(Structure structure, const std::string& root, bool amsgrad, bool frozen);
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their

@@ -34,7 +34,10 @@ py::object required(const py::dict& group, py::handle key, const std::string& wh
 bool is_real(py::handle value) {
   if (PyBool_Check(value.ptr())) return false;
   const py::object kind = py::getattr(py::getattr(value, "dtype", py::none()), "kind", py::none());
-  return kind.is_none() || strchr("fiu", *PyUnicode_AsUTF8(kind.ptr())) != nullptr;
+  if (kind.is_none()) return true;
+  const char* text = PyUnicode_Check(kind.ptr()) ? PyUnicode_AsUTF8(kind.ptr()) : nullptr;
+  PyErr_Clear();
+  return text != nullptr && (text[0] == 'f' || text[0] == 'i' || text[0] == 'u') && text[1] == 0;
 }
 
 // Any real number: float, int, NumPy scalars and 0-d arrays, Decimal. A bool is a slip, a str is no
@@ -45,10 +48,12 @@ double number(py::handle value, const Place& place) {
   if (!is_real(value)) refuse_type(place(), "a number", value);
   const double x = PyFloat_AsDouble(value.ptr());
   if (x == -1.0 && PyErr_Occurred()) {
+    const bool too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
     const bool is_no_number =
-        PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_OverflowError);
-    if (!is_no_number) throw py::error_already_set();
+        PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError);
+    if (!too_large && !is_no_number) throw py::error_already_set();
     PyErr_Clear();
+    if (too_large) throw py::value_error(place() + " is too large for a float.");
     refuse_type(place(), "a number", value);
   }
   return x;

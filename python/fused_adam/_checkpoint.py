@@ -39,7 +39,11 @@ def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, A
     first = 0
     for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
         _core.check_options(group, f"param_groups[{i}]")  # as edited: what is saved must load
-        saved = {**TORCH_FLAGS, **group, "params": list(range(first, first + len(group["params"])))}
+        # Of their own, as the arrays: what the groups hold may be edited.
+        options = {
+            k: list(v) if type(v) is list else v if _is_list(v) else plain(v) for k, v in group.items()
+        }
+        saved = {**TORCH_FLAGS, **options, "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
             saved["param_names"] = group_names
         all_saved.append(saved)

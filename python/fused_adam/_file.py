@@ -50,19 +50,19 @@ def save(
     groups: list[dict[str, Any]],
     names: _checkpoint.Names,
     progress: Progress | None,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any],
 ) -> None:
     live = [core.state(i) for i in range(len(core))]
     tensors = {"step": np.array([entry["step"] for entry in live], np.int64), **_moments(live)}
     saved = _checkpoint.saved_groups(groups, names)
+    _core.check_options({**defaults}, "defaults")  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
         "param_groups": json.dumps([as_json(group, f"param_groups[{i}]") for i, group in enumerate(saved)]),
+        "defaults": json.dumps(as_json(defaults, "defaults")),
     }
-    if defaults is not None:
-        metadata["defaults"] = json.dumps(as_json(defaults, "defaults"))
     # Checksums are known once the arrays are written. Until then, zeros keep their place.
     checksums = dict.fromkeys(tensors, 0)
     header = header_bytes(metadata, tensors, checksums)
@@ -90,7 +90,7 @@ def load(
     names: _checkpoint.Names,
     fixed_options: Mapping[str, Any],
     progress: Progress | None,
-    defaults: dict[str, Any] | None = None,
+    defaults: dict[str, Any],
 ) -> None:
     """Fill a new optimizer. Where this fails, some of its moments have been written already: drop it."""
     path = os.fspath(path)  # a number is no file descriptor of somebody else
@@ -108,16 +108,15 @@ def _load(
     names: _checkpoint.Names,
     fixed_options: Mapping[str, Any],
     progress: Progress | None,
-    defaults: dict[str, Any] | None,
+    defaults: dict[str, Any],
 ) -> None:
     saved = read_header(file, header_room(len(core)))
     options = _read_groups(saved.groups, groups, names)
     for i, group in enumerate(options):
         group.update(fixed_options)
         _check_options(group, f"param_groups[{i}]")
-    new_defaults = {**(defaults or {}), **saved.defaults, **fixed_options}
-    if defaults is not None:
-        _check_options(new_defaults, "defaults")
+    new_defaults = {**defaults, **saved.defaults, **fixed_options}
+    _check_options(new_defaults, "defaults")
 
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
     maxima = [i for i in range(len(core)) if f"state.{i}.max_exp_avg_sq" in saved.entries]
@@ -145,8 +144,7 @@ def _load(
         core.set_step(index, step)
     for group, new in zip(groups, options, strict=True):
         group.update(new)
-    if defaults is not None:
-        defaults.update(new_defaults)
+    defaults.update(new_defaults)
 
 
 def _moments(live: list[_checkpoint.Entry]) -> Tensors:

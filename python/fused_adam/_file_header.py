@@ -26,8 +26,8 @@ Tensors: TypeAlias = Mapping[str, npt.NDArray[Any]]  # "state.0.exp_avg", ...
 FORMAT: Final = 1
 _MAX_HEADER: Final = 100_000_000  # bytes; the safetensors library reads no more
 # What a header may have at most: parsed, a hostile one takes 25 times as much memory.
-_HEADER_ROOM: Final = 4 << 20
-_HEADER_ROOM_PER_PARAM: Final = 4096
+_HEADER_ROOM: Final = 1 << 16
+_HEADER_ROOM_PER_PARAM: Final = 2048
 _ALIGNMENT: Final = 64  # of the first array in the file
 DTYPES: Final = {np.dtype("<i8"): "I64", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 _CRC_FIELD: Final = b'"header_crc32":"%s"'

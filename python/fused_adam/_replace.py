@@ -8,7 +8,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -55,7 +55,11 @@ class Writer:
         if data.nbytes >= _HASHED_ASIDE:
             with suppress(RuntimeError):  # as above
                 hashed = self._pool.submit(zlib.crc32, data, checksum)
-        self.write(data)
+        try:
+            self.write(data)
+        finally:
+            if hashed is not None:
+                wait([hashed])  # also where the write fails: the memory is free to be reused then
         return zlib.crc32(data, checksum) if hashed is None else hashed.result()
 
     def _wait(self) -> None:
@@ -77,8 +81,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
         raise IsADirectoryError(f"{os.fspath(path)} is a directory; a checkpoint is a file.")
     if old_mode is not None and not stat.S_ISREG(old_mode):
         raise OSError(f"{os.fspath(path)} is a device or a pipe, which a file would take the place of.")
-    with _explained(path):
+    with suppress(OSError):  # of a folder that may be written but not read
         _remove_leftovers(target)
+    with _explained(path):
         file = _new_temporary(target)
     temporary = Path(os.fsdecode(file.name))
     try:
@@ -126,6 +131,10 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(f".{_stem(target)}.") + r"[0-9a-f]{16}\.tmp")
     for name in filter(pattern.fullmatch, os.listdir(target.parent)):
         path = target.with_name(name)
+        if sys.platform == "win32":  # where an open file cannot be removed
+            with suppress(OSError):
+                path.unlink()
+            continue
         # For writing, since some network file systems lock no other files.
         with suppress(OSError), FileIO(path, "r+", opener=open_at_once) as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and _lock(file):

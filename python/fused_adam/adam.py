@@ -1,4 +1,4 @@
-"""Adam and AdamW, with the interface of torch.optim and NumPy arrays for tensors."""
+"""Adam, with the interface of torch.optim and NumPy arrays for tensors."""
 
 from __future__ import annotations
 
@@ -141,6 +141,7 @@ class Adam:
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         _core.check_options(self.defaults, "")
+        self.defaults["betas"] = tuple(betas)
         self.param_groups: list[dict[str, Any]] = []
         self._num_threads = num_threads
         self._grads: Any = None
@@ -151,8 +152,9 @@ class Adam:
             params = list(params)
         self._grouped = _is_groups(params)
         groups: Any = params if self._grouped else [{"params": params}]
-        for group in groups:
-            self._add_group(group, self._grouped)
+        with self._core:
+            for group in groups:
+                self._add_group(group, self._grouped)
 
     def step(self, grads: Grads | Sequence[Grads] = None) -> StepInfo:
         """Update all parameters in place.
@@ -227,17 +229,19 @@ class Adam:
         """
         with self._core:
             self._core.check_groups(self.param_groups)
-        trees = None
-        if self._grads is not None:
-            trees = [*(self._grads if self._grouped else [self._grads]), _NOT_MADE]
-        self._add_group(param_group, grouped=True)
-        self._grouped = True
-        self._grads = trees
+            trees = None
+            if self._grads is not None:
+                trees = [*(self._grads if self._grouped else [self._grads]), _NOT_MADE]
+            self._add_group(param_group, grouped=True)
+            self._grouped = True
+            self._grads = trees
 
     @property
     def lr(self) -> float:
         """The learning rate of all groups; setting it sets it in each."""
-        rates = {float(group["lr"]) for group in self._group_dicts()}
+        for i, group in enumerate(self._group_dicts()):
+            _core.check_options(group, f"param_groups[{i}]")
+        rates = {float(group["lr"]) for group in self.param_groups}
         if len(rates) > 1:
             raise ValueError(
                 f"the groups have different learning rates, {sorted(rates)}: see opt.param_groups[i]['lr']."
@@ -370,7 +374,8 @@ class Adam:
             A file of :meth:`save`.
         params : like the params of the saved optimizer
             The arrays to train, as they were when it was saved: nothing is written to them. Where it
-            had several groups, a list with a dict ``{"params": ...}`` for each.
+            had several groups, a list with a dict ``{"params": ...}`` for each. Options in these dicts
+            do not count: those of the file do.
         num_threads : int, optional
             As at construction.
         progress : function, optional
@@ -415,6 +420,8 @@ class Adam:
     def __getstate__(self) -> dict[str, Any]:
         with self._core:
             self._core.check_groups(self.param_groups)
+            for i, group in enumerate(self.param_groups):
+                _core.check_options(group, f"param_groups[{i}]")  # what is pickled must load
             saved = {
                 "trees": [
                     structure.unflatten(list(group["params"]))
@@ -432,9 +439,10 @@ class Adam:
         self._core = self._new_core()
         self._structures = []
         groups, self.param_groups = self.param_groups, []  # the dicts of a shallow copy stay its original's
-        for group, tree in zip(groups, saved["trees"], strict=True):
-            self._add_group({**group, "params": tree}, self._grouped, frozen=True)
-        _checkpoint.restore_state(self._core, saved["state"])
+        with self._core:
+            for group, tree in zip(groups, saved["trees"], strict=True):
+                self._add_group({**group, "params": tree}, self._grouped, frozen=True)
+            _checkpoint.restore_state(self._core, saved["state"])
 
     # --- private ---
 
@@ -459,13 +467,14 @@ class Adam:
         # What messages call the params: an expression on what the caller passed.
         root = f"{where}['params']" if grouped else "params"
         structure = _core.Structure(options["params"])
+        options["betas"] = tuple(options["betas"])
         options["params"] = self._core.add_group(structure, root, options["amsgrad"], frozen)
         self.param_groups.append(options)
         self._structures.append(structure)
         self._state = None
 
     def _group_dicts(self) -> list[dict[str, Any]]:
-        """The groups, which may have been edited, where each still is a dict with a learning rate."""
+        """The groups, which may have been edited, where as many as there were still are dicts."""
         if len(self.param_groups) != len(self._structures):
             raise ValueError(
                 f"param_groups has {len(self.param_groups)} groups, but the optimizer was given "
@@ -474,8 +483,6 @@ class Adam:
         for i, group in enumerate(self.param_groups):
             if not isinstance(group, dict):
                 raise TypeError(f"param_groups[{i}] must be a dict, got {type(group).__name__}.")
-            if "lr" not in group:
-                raise ValueError(f"param_groups[{i}]['lr'] is missing.")
         return self.param_groups
 
     def _new_grads(self, group: int) -> Any:
@@ -485,51 +492,6 @@ class Adam:
 
     def _names(self) -> list[list[str] | None]:
         return [structure.names if structure.named else None for structure in self._structures]
-
-
-class AdamW(Adam):
-    """Adam with decoupled weight decay [1]_: :class:`Adam` with ``decoupled_weight_decay=True``.
-
-    Before each step a parameter is multiplied by ``1 - lr * weight_decay``.
-
-    Parameters
-    ----------
-    params, lr, betas, eps, amsgrad, maximize, num_threads
-        As in :class:`Adam`.
-    weight_decay : float, default 1e-2
-        >= 0.
-
-    References
-    ----------
-    .. [1] I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019,
-       https://arxiv.org/abs/1711.05101
-    """
-
-    _fixed_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
-
-    def __init__(
-        self,
-        params: Params | Sequence[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        amsgrad: bool = False,
-        maximize: bool = False,
-        num_threads: int | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            decoupled_weight_decay=True,
-            num_threads=num_threads,
-        )
 
 
 def _is_groups(params: Any) -> bool:

@@ -14,6 +14,7 @@
 
 from typing import Any
 
+import numpy as np
 from thinc.backends import get_array_ops
 from thinc.config import registry
 from thinc.optimizers import Optimizer, ScheduleT
@@ -50,7 +51,7 @@ class Adam(Optimizer):
     -----
     Weights, ``mom1`` and ``mom2`` are updated in place, and the gradient is filled with zeros. Where
     something is refused (see :func:`fused_adam.adam_step`), the weights, the moments and the count of
-    updates have not changed.
+    updates have not changed; the gradient may have been clipped.
     """
 
     __slots__ = ()  # as thinc's: an attribute with a misspelt name is an error
@@ -98,13 +99,15 @@ class Adam(Optimizer):
 
         if not gradient.size:
             return weights, gradient
+        if not gradient.flags.writeable:
+            raise ValueError("gradient is read-only, but is filled with zeros after the step.")
         ops = get_array_ops(weights)
         if clip := now(self.grad_clip):
             gradient = ops.clip_gradient(gradient, clip)
         moments: list[Any] = []
         for arrays in (self.mom1, self.mom2):
             if key not in arrays:
-                arrays[key] = ops.alloc(weights.shape, dtype=weights.dtype)
+                arrays[key] = np.zeros_like(weights)
             moments.append(arrays[key])
         adam_step(
             weights,

@@ -1,0 +1,54 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fused_adam.adam import Adam, Params
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay [1]_: :class:`Adam` with ``decoupled_weight_decay=True``.
+
+    Before each step a parameter is multiplied by ``1 - lr * weight_decay``. What is loaded from a checkpoint
+    is decoupled too, whatever it was there, as in PyTorch.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, amsgrad, maximize, num_threads
+        As in :class:`Adam`.
+    weight_decay : float, default 1e-2
+        >= 0.
+
+    References
+    ----------
+    .. [1] I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019,
+       https://arxiv.org/abs/1711.05101
+    """
+
+    _fixed_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
+
+    def __init__(
+        self,
+        params: Params | Sequence[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            decoupled_weight_decay=True,
+            num_threads=num_threads,
+        )
