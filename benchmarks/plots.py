@@ -112,10 +112,7 @@ def _isas(results: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(results["isas"])), list(results["isas"]))
     axes.set_ylabel("times as fast as scalar")
     axes.set_title("The same bits by each instruction set (float32, 1 thread)", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _finish(figure, axes, path)
 
 
 def _threads(results: dict[str, Any], path: Path) -> None:
@@ -133,6 +130,12 @@ def _threads(results: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("threads")
     axes.set_ylabel("times as fast as 1 thread")
     axes.set_title("Threads (float32)", loc="left")
+    _finish(figure, axes, path)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -21,32 +21,33 @@ int cpus_of(double quota, double period) {
   return std::max(1, static_cast<int>(std::ceil(std::min(quota / period, 1e6))));
 }
 
-// cgroup v2: "max 100000" or "150000 100000", in the directory of the group and of all its parents.
-int quota_v2(std::string group) {
-  int limit = kNoLimit;
-  while (true) {
-    std::ifstream file("/sys/fs/cgroup" + group + "/cpu.max");
-    double quota = 0, period = 0;
-    if (file >> quota >> period) limit = std::min(limit, cpus_of(quota, period));
-    if (group.empty()) return limit;
-    group.erase(group.rfind('/'));
-  }
+int quota_in(std::istream& quota_file, std::istream& period_file) {
+  double quota = 0, period = 0;
+  return quota_file >> quota && period_file >> period ? cpus_of(quota, period) : kNoLimit;
 }
 
-// cgroup v1: two files, the quota -1 where there is none; of the group and of all its parents too.
-int quota_v1(std::string group) {
-  int limit = kNoLimit;
-  while (true) {
-    const std::string folder = "/sys/fs/cgroup/cpu" + group;
-    std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
-    std::ifstream period_file(folder + "/cpu.cfs_period_us");
-    double quota = 0, period = 0;
-    if (quota_file >> quota && period_file >> period) {
-      limit = std::min(limit, cpus_of(quota, period));
-    }
-    if (group.empty()) return limit;
+// cgroup v2: one file, "max 100000" or "150000 100000".
+int quota_v2(const std::string& group) {
+  std::ifstream file("/sys/fs/cgroup" + group + "/cpu.max");
+  return quota_in(file, file);
+}
+
+// cgroup v1: two files, the quota -1 where there is none.
+int quota_v1(const std::string& group) {
+  const std::string folder = "/sys/fs/cgroup/cpu" + group;
+  std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
+  std::ifstream period_file(folder + "/cpu.cfs_period_us");
+  return quota_in(quota_file, period_file);
+}
+
+// The smallest quota of a group and of all its parents.
+int smallest(int (*quota_of)(const std::string&), std::string group) {
+  int limit = quota_of(group);
+  while (!group.empty()) {
     group.erase(group.rfind('/'));
+    limit = std::min(limit, quota_of(group));
   }
+  return limit;
 }
 
 int cgroup_quota() {
@@ -60,8 +61,10 @@ int cgroup_quota() {
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
     const std::string group = line.substr(second + 1);
     if (group.empty() || group[0] != '/' || group == "/") continue;
-    if (controllers == ",,") limit = std::min(limit, quota_v2(group));
-    if (controllers.find(",cpu,") != std::string::npos) limit = std::min(limit, quota_v1(group));
+    if (controllers == ",,") limit = std::min(limit, smallest(quota_v2, group));
+    if (controllers.find(",cpu,") != std::string::npos) {
+      limit = std::min(limit, smallest(quota_v1, group));
+    }
   }
   return limit;
 }
