@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam, AdamW, StepInfo, __version__, adam_step, show_config
+import fused_adam
+from fused_adam import Adam, AdamW, StepInfo, __version__, _core, adam_step, show_config
 from snapshots import (
     Scene,
     Snapshot,
@@ -760,10 +761,62 @@ def test_no_reference_to_a_grad_is_kept(call: str, fails: bool) -> None:
 def test_buffers_that_are_no_list_do_not_stop_a_group_half_way() -> None:
     opt = Adam([{"params": np.ones(2)}])
     opt.grads = 5
-    with pytest.raises(TypeError):
-        opt.add_param_group({"params": np.ones(3)})
-    assert len(opt.param_groups) == len(opt.state) == 1
-    opt.step([np.ones(2)])
+    opt.add_param_group({"params": np.ones(3)})
+    assert len(opt.param_groups) == len(opt.state) == 2
+    with pytest.raises(
+        ValueError, match="grads: expected a list with an entry for each of the 2 param groups"
+    ):
+        opt.step()
+    opt.step([np.ones(2), np.ones(3)])
+
+
+def interrupt_at(event: int, call: Callable[[], Any]) -> bool:
+    """Raise KeyboardInterrupt at one line of this package during a call; False where it has fewer lines."""
+    package, seen = str(Path(fused_adam.__file__).parent), 0
+
+    def trace(frame: Any, kind: str, _: Any) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        seen += kind == "line"
+        if kind == "line" and seen == event:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_group_is_added_whole_or_not_at_all(grouped: bool) -> None:
+    """Wherever add_param_group is interrupted, the optimizer goes on with the groups that it has."""
+    event = 0
+    interrupted = True
+    while interrupted:
+        event += 1
+        first = np.ones(3)
+        opt = Adam([{"params": first}] if grouped else first)
+        opt.grads  # noqa: B018  (made now; those of the new group come later)
+        interrupted = interrupt_at(event, lambda opt=opt: opt.add_param_group({"params": [np.ones(2)]}))
+        added = len(opt.param_groups) == 2
+        assert len(opt.state) == 1 + added
+        assert added or interrupted
+        opt.zero_grad()
+        opt.step()
+        grads = [np.ones(3), [np.ones(2)]]
+        opt.step(grads if added else grads[:1] if grouped else grads[0])
+        if not added:
+            opt.add_param_group({"params": [np.ones(2)]})
+        opt.step([np.ones(3), [np.ones(2)]])
+        assert [entry["step"] for entry in opt.state.values()] == ([3, 3] if added else [3, 1])
+    assert event > 10
 
 
 def test_amsgrad_switched_on_leaves_alone_what_is_left_out() -> None:
@@ -778,3 +831,13 @@ def test_amsgrad_switched_on_leaves_alone_what_is_left_out() -> None:
     for one in (opt, twin):
         one.step([np.ones(2), np.ones(3)])
     assert twin.param_groups[0]["params"][1].tolist() == opt.param_groups[0]["params"][1].tolist()
+
+
+def test_the_core_itself_knows_whether_gradients_are_grouped() -> None:
+    """Two groups without grouped gradients would be a read behind the end of the gradients."""
+    opt = Adam(np.ones(3))
+    group = {**opt.defaults, "params": None}
+    with pytest.raises(RuntimeError, match="several groups need grouped gradients"):
+        opt._core.add_group(opt.param_groups, group, _core.Structure(np.ones(2)), False, False)
+    assert len(opt.param_groups) == len(opt.state) == 1
+    opt.step(np.ones(3))

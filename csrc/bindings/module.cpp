@@ -41,7 +41,7 @@ void bind(py::module_& m) {
         py::arg("step"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
         py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"));
 
-  py::class_<Structure>(m, "Structure")
+  py::class_<Structure, std::shared_ptr<Structure>>(m, "Structure")
       .def(py::init<const py::object&>(), py::arg("params"))
       .def("__len__", &Structure::size)
       .def("unflatten",
@@ -55,11 +55,13 @@ void bind(py::module_& m) {
            py::arg("allocate"))
       .def("__len__", &Optimizer::size)
       .def_property_readonly("isa", &Optimizer::isa)
-      .def("add_group", &Optimizer::add_group, py::arg("structure"), py::arg("root"),
-           py::arg("amsgrad"), py::arg("frozen") = false)
+      .def_property_readonly("grouped", &Optimizer::grouped)
+      .def_property_readonly("structures", &Optimizer::structures)
+      .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
+           py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
-      .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"), py::arg("grouped"))
-      .def("zero", &Optimizer::zero, py::arg("grads"), py::arg("grouped"))
+      .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"))
+      .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("set_step", &Optimizer::set_step, py::arg("index"), py::arg("step"))
       .def("make_max_exp_avg_sq", &Optimizer::make_max_exp_avg_sq, py::arg("indices"))

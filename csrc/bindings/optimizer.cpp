@@ -66,7 +66,7 @@ void Optimizer::enter() {
 
 Place Optimizer::place(const char* role, const Slot& slot) const {
   const Group& group = groups_[slot.group];
-  return {role, group.root, group.structure.paths()[slot.leaf]};
+  return {role, group.root, group.structure->paths()[slot.leaf]};
 }
 
 std::string Optimizer::owner_text(int64_t owner) const {
@@ -74,15 +74,24 @@ std::string Optimizer::owner_text(int64_t owner) const {
   return place(is_state ? "the state of " : "", slots_[static_cast<size_t>(owner / 2)]).str();
 }
 
-py::tuple Optimizer::add_group(Structure structure, const std::string& root, bool amsgrad,
-                               bool frozen) {
-  const size_t count = structure.size(), first = slots_.size(), index = groups_.size();
+void Optimizer::add_group(py::list param_groups, const py::dict& options,
+                          std::shared_ptr<const Structure> structure, bool grouped, bool frozen) {
+  const Exclusive exclusive(*this);
+  check_groups(param_groups);
+  const size_t count = structure->size(), first = slots_.size(), index = groups_.size();
+  const std::string name = "param_groups[" + std::to_string(index) + "]";
+  // What messages call the params: an expression on what the caller passed.
+  const std::string root = grouped ? name + "['params']" : "params";
   if (count == 0) throw py::value_error(root + " has no arrays to train.");
+  if (!grouped && index > 0) throw std::logic_error("several groups need grouped gradients");
+  const bool amsgrad = reader_.read(options, name).amsgrad;
   py::tuple params(count);
-  for (size_t i = 0; i < count; ++i) params[i] = structure.leaves()[i];
+  for (size_t i = 0; i < count; ++i) params[i] = structure->leaves()[i];
 
-  groups_.push_back({std::move(structure), params, root,
-                     "param_groups[" + std::to_string(index) + "]", first, count});
+  {
+    const std::lock_guard<std::mutex> lock(slots_mutex_);
+    groups_.push_back({std::move(structure), params, root, name, first, count});
+  }
   try {
     std::vector<size_t> indices;
     for (size_t i = 0; i < count; ++i) {
@@ -112,7 +121,9 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
       if (amsgrad) set_max_exp_avg_sq(slot, arrays[i][2]);
     }
     index_memory();
-    ready_ = slots_.size();
+    // A dict with texts for keys and a list: nothing of this runs code of Python.
+    options[params_key_] = params;
+    param_groups.append(options);
   } catch (...) {
     const std::lock_guard<std::mutex> lock(slots_mutex_);
     slots_.resize(first);
@@ -120,7 +131,17 @@ py::tuple Optimizer::add_group(Structure structure, const std::string& root, boo
     memory_is_indexed_ = false;
     throw;
   }
-  return params;
+  ready_ = slots_.size();
+  grouped_ = grouped;
+}
+
+std::vector<std::shared_ptr<const Structure>> Optimizer::structures() const {
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  std::vector<std::shared_ptr<const Structure>> all;
+  for (const Group& group : groups_) {
+    if (group.first + group.count <= ready_) all.push_back(group.structure);
+  }
+  return all;
 }
 
 std::vector<std::vector<py::object>> Optimizer::allocate(const std::vector<size_t>& indices,
@@ -234,10 +255,10 @@ void Optimizer::check_grad(Slot& slot, py::handle array) {
   slot.streams.grad = grad.data;
 }
 
-void Optimizer::flatten_grads(py::handle grads, bool grouped) {
+void Optimizer::flatten_grads(py::handle grads) {
   grads_.clear();
-  if (!grouped) {
-    groups_[0].structure.flatten(grads, "grads", grads_);
+  if (!grouped_) {
+    for (const Group& group : groups_) group.structure->flatten(grads, "grads", grads_);
     return;
   }
   if (!PyList_Check(grads.ptr()) && !PyTuple_Check(grads.ptr())) {
@@ -252,7 +273,7 @@ void Optimizer::flatten_grads(py::handle grads, bool grouped) {
   }
   for (size_t i = 0; i < groups_.size(); ++i) {
     const py::object tree = sequence_item(grads, i);
-    groups_[i].structure.flatten(tree, "grads[" + std::to_string(i) + "]", grads_);
+    groups_[i].structure->flatten(tree, "grads[" + std::to_string(i) + "]", grads_);
   }
 }
 
@@ -294,10 +315,10 @@ bool Optimizer::make_missing_maxima() {
   return !missing.empty();
 }
 
-void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
+void Optimizer::step(py::handle grads, py::handle param_groups) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
-  flatten_grads(grads, grouped);
+  flatten_grads(grads);
   groups_in(param_groups, dicts_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
     hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
@@ -314,9 +335,9 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool grouped) {
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].step += grads_[i].is_none() ? 0 : 1;
 }
 
-void Optimizer::zero(py::handle grads, bool grouped) {
+void Optimizer::zero(py::handle grads) {
   const StepScope scope(*this);
-  flatten_grads(grads, grouped);
+  flatten_grads(grads);
   for (const Slot& slot : slots_) memory_is_indexed_ &= data_of(slot.param) == slot.indexed_data;
   if (!memory_is_indexed_) index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -23,11 +24,15 @@ class Optimizer {
   // of params a list of `streams` new arrays like it, filled with zeros.
   Optimizer(const std::string& isa, int max_threads, py::object allocate);
 
-  // Takes the arrays of a group and makes their state; returns them as a flat tuple. root is what
-  // messages call them: "params". Read-only arrays only where some may be frozen, as in the copy of
-  // an optimizer. Nothing has changed where it throws. Needs exclusive use.
-  // Needs exclusive use.
-  py::tuple add_group(Structure structure, const std::string& root, bool amsgrad, bool frozen);
+  // Takes the arrays of a group, makes their state, and appends the group to the caller's list,
+  // with the arrays as a flat tuple under "params". grouped: from now on gradients come as a list
+  // with an entry for each group. Read-only arrays only where some may be frozen, as in the copy of
+  // an optimizer.
+  //
+  // All of it or nothing, whatever interrupts it: the allocator is the last code of Python that
+  // runs, before anything has changed. That is why it takes exclusive use here, not in Python.
+  void add_group(py::list param_groups, const py::dict& options,
+                 std::shared_ptr<const Structure> structure, bool grouped, bool frozen);
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their
   // params. Needs exclusive use.
@@ -36,13 +41,16 @@ class Optimizer {
     groups_in(param_groups, dicts);
   }
 
-  // One step. grads is like params or, if grouped, a sequence with an entry for each group.
-  void step(py::handle grads, py::handle param_groups, bool grouped);
+  // One step. grads is like params or, if grouped(), a sequence with an entry for each group.
+  void step(py::handle grads, py::handle param_groups);
 
   // Fills gradients with zeros, after the checks of a step.
-  void zero(py::handle grads, bool grouped);
+  void zero(py::handle grads);
 
   size_t size() const { return ready_; }
+  bool grouped() const { return grouped_; }
+  // Of each group, in order.
+  std::vector<std::shared_ptr<const Structure>> structures() const;
   const char* isa() const { return isa_.name; }
   // {"step": int, "exp_avg": array, ...}, with views of the moments.
   py::dict state(size_t index) const;
@@ -68,7 +76,7 @@ class Optimizer {
     size_t group, leaf;        // where its path stands
   };
   struct Group {
-    Structure structure;
+    std::shared_ptr<const Structure> structure;
     py::tuple params;
     std::string root, name;  // "params", "param_groups[0]"
     size_t first, count;     // its slots
@@ -86,7 +94,7 @@ class Optimizer {
   void index_memory();
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
-  void flatten_grads(py::handle grads, bool grouped);
+  void flatten_grads(py::handle grads);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
   void check_and_plan();
@@ -97,10 +105,12 @@ class Optimizer {
   const py::object allocate_;
   const OptionReader reader_;
   const py::str params_key_;
-  mutable std::mutex slots_mutex_;  // of changes to slots_, other than by steps, against state()
+  // Of changes to slots_ and groups_, other than by steps, against state() and structures().
+  mutable std::mutex slots_mutex_;
   std::vector<Slot> slots_;
   std::atomic<size_t> ready_{0};  // slots that are whole; more while a group is being added
   std::vector<Group> groups_;
+  std::atomic<bool> grouped_{false};
   WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
   // Of the step that runs; kept between steps for their memory only.

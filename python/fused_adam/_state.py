@@ -16,11 +16,9 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
     Iteration goes over indices. A name that two groups use is refused: there the index decides.
     """
 
-    def __init__(self, core: _core.Optimizer, structures: list[_core.Structure]) -> None:
+    def __init__(self, core: _core.Optimizer) -> None:
         self._core = core
-        self._structures = structures  # of the optimizer, which may add to them
-        self._named_structures = 0
-        self._indices: dict[str, list[int]] = {}
+        self._named: tuple[int, dict[str, list[int]]] = (0, {})  # of how many groups, and their names
 
     def __getitem__(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):
@@ -40,14 +38,17 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
         return len(self._core)
 
     def _indices_by_name(self) -> dict[str, list[int]]:
-        if self._named_structures != len(self._structures):
-            self._named_structures, self._indices, index = len(self._structures), {}, 0
-            for structure in self._structures:
+        structures = self._core.structures  # of the optimizer, which may have got more since
+        if self._named[0] != len(structures):
+            indices: dict[str, list[int]] = {}
+            index = 0
+            for structure in structures:
                 for name in structure.names:
                     if structure.named:
-                        self._indices.setdefault(name, []).append(index)
+                        indices.setdefault(name, []).append(index)
                     index += 1
-        return self._indices
+            self._named = (len(structures), indices)
+        return self._named[1]
 
     def __repr__(self) -> str:
         return repr(dict(self))

@@ -36,7 +36,14 @@ class StepInfo(NamedTuple):
 
 
 _PLAIN_STEP: Final = StepInfo()
-_NOT_MADE: Final = ...  # gradient buffers of a group that was added after they were used
+
+
+class _Grads(NamedTuple):
+    """What :attr:`Adam.grads` holds, and for how many groups: those that were added since are still to be made."""
+
+    tree: Any
+    grouped: bool
+    groups: int
 
 
 class Adam:
@@ -144,17 +151,13 @@ class Adam:
         self.defaults["betas"] = tuple(betas)
         self.param_groups: list[dict[str, Any]] = []
         self._num_threads = num_threads
-        self._grads: Any = None
-        self._core = self._new_core()
-        self._structures: list[_core.Structure] = []
-        self._state: OptimizerState | None = None
+        self._new_core()
         if isinstance(params, Iterator):
             params = list(params)
-        self._grouped = _is_groups(params)
-        groups: Any = params if self._grouped else [{"params": params}]
-        with self._core:
-            for group in groups:
-                self._add_group(group, self._grouped)
+        grouped = _is_groups(params)
+        groups: Any = params if grouped else [{"params": params}]
+        for group in groups:
+            self._add_group(group, grouped)
 
     def step(self, grads: Grads | Sequence[Grads] = None) -> StepInfo:
         """Update all parameters in place.
@@ -182,7 +185,7 @@ class Adam:
             if self._grads is None:
                 raise ValueError("step() needs grads: pass them, or fill the buffers opt.grads before it.")
             grads = self.grads
-        self._core.step(grads, self.param_groups, self._grouped)
+        self._core.step(grads, self.param_groups)
         return _PLAIN_STEP
 
     @property
@@ -191,27 +194,31 @@ class Adam:
 
         ``opt.zero_grad()``, then ``opt.grads["w"] += ...``, then ``opt.step()``.
         """
-        if self._grads is None:
+        held = self._grads or _Grads([], True, 0)
+        is_list = isinstance(held.tree, (list, tuple))  # else the next step refuses what was set here
+        if held.groups < len(self._core.structures) and (is_list or not held.grouped):
             with self._core:
                 self._core.check_groups(self.param_groups)
-            trees = [self._new_grads(i) for i in range(len(self.param_groups))]
-            self._grads = trees if self._grouped else trees[0]
-        elif self._grouped and isinstance(self._grads, list):
-            # Those of groups that were added since.
-            for i, tree in enumerate(self._grads):
-                if tree is _NOT_MADE:
-                    self._grads[i] = self._new_grads(i)
-        return self._grads
+                structures, grouped = self._core.structures, self._core.grouped
+            trees = list(held.tree) if held.grouped else [held.tree]
+            for structure, group in zip(
+                structures[held.groups :], self.param_groups[held.groups :], strict=True
+            ):
+                buffers = zeros_like_each(list(group["params"]), streams=1, shift=_GRAD_SHIFT)
+                trees.append(structure.unflatten([streams[0] for streams in buffers]))
+            held = self._grads = _Grads(trees if grouped else trees[0], grouped, len(structures))
+        return held.tree
 
     @grads.setter
     def grads(self, grads: Any) -> None:
         # Checked by each step, like any. `opt.grads += g` on one array ends here too.
-        self._grads = list(grads) if isinstance(grads, Iterator) else grads
+        tree = list(grads) if isinstance(grads, Iterator) else grads
+        self._grads = _Grads(tree, self._core.grouped, len(self._core.structures))
 
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
         if self._grads is not None:
-            self._core.zero(self.grads, self._grouped)
+            self._core.zero(self.grads)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more arrays from now on.
@@ -227,14 +234,7 @@ class Adam:
         TypeError, ValueError
             As at construction. The optimizer is as it was then.
         """
-        with self._core:
-            self._core.check_groups(self.param_groups)
-            trees = None
-            if self._grads is not None:
-                trees = [*(self._grads if self._grouped else [self._grads]), _NOT_MADE]
-            self._add_group(param_group, grouped=True)
-            self._grouped = True
-            self._grads = trees
+        self._add_group(param_group, grouped=True)
 
     @property
     def lr(self) -> float:
@@ -261,8 +261,6 @@ class Adam:
         ``opt.state["w"]`` is a dict with ``"step"``, an int, and live views ``"exp_avg"``,
         ``"exp_avg_sq"`` and, with amsgrad, ``"max_exp_avg_sq"``.
         """
-        if self._state is None:
-            self._state = OptimizerState(self._core, self._structures)
         return self._state
 
     def state_dict(self) -> dict[str, Any]:
@@ -418,6 +416,7 @@ class Adam:
     # copied together with whatever else refers to them.
 
     def __getstate__(self) -> dict[str, Any]:
+        grads = None if self._grads is None else self.grads
         with self._core:
             self._core.check_groups(self.param_groups)
             for i, group in enumerate(self.param_groups):
@@ -425,29 +424,33 @@ class Adam:
             saved = {
                 "trees": [
                     structure.unflatten(list(group["params"]))
-                    for structure, group in zip(self._structures, self.param_groups, strict=True)
+                    for structure, group in zip(self._core.structures, self.param_groups, strict=True)
                 ],
                 "state": _checkpoint.copy_state(self._core),
             }
-        state = {**self.__dict__, "_core": saved}
-        del state["_structures"], state["_state"]
+            state = {**self.__dict__, "_core": saved, "_grouped": self._core.grouped, "_grads": grads}
+        del state["_state"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state}
+        saved, grouped, grads = (state.pop(key) for key in ("_core", "_grouped", "_grads"))
         self.__dict__.update(state)
-        saved = state["_core"]
-        self._core = self._new_core()
-        self._structures = []
+        self._new_core()
         groups, self.param_groups = self.param_groups, []  # the dicts of a shallow copy stay its original's
+        for group, tree in zip(groups, saved["trees"], strict=True):
+            self._add_group({**group, "params": tree}, grouped, frozen=True)
         with self._core:
-            for group, tree in zip(groups, saved["trees"], strict=True):
-                self._add_group({**group, "params": tree}, self._grouped, frozen=True)
             _checkpoint.restore_state(self._core, saved["state"])
+        if grads is not None:
+            self.grads = grads
 
     # --- private ---
 
-    def _new_core(self) -> _core.Optimizer:
-        return _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads), zeros_like_each)
+    def _new_core(self) -> None:
+        self._core = _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads), zeros_like_each)
+        self._state = OptimizerState(self._core)
+        self._grads: _Grads | None = None
 
     def _add_group(self, param_group: Mapping[str, Any], grouped: bool, frozen: bool = False) -> None:
         where = f"param_groups[{len(self.param_groups)}]"
@@ -464,34 +467,23 @@ class Adam:
         for key, value in self._fixed_options.items():
             if options[key] != value and not frozen:
                 raise ValueError(f"{where}[{key!r}] must be {value} in {type(self).__name__}. Use Adam.")
-        # What messages call the params: an expression on what the caller passed.
-        root = f"{where}['params']" if grouped else "params"
-        structure = _core.Structure(options["params"])
         options["betas"] = tuple(options["betas"])
-        options["params"] = self._core.add_group(structure, root, options["amsgrad"], frozen)
-        self.param_groups.append(options)
-        self._structures.append(structure)
-        self._state = None
+        self._core.add_group(self.param_groups, options, _core.Structure(options["params"]), grouped, frozen)
 
     def _group_dicts(self) -> list[dict[str, Any]]:
         """The groups, which may have been edited, where as many as there were still are dicts."""
-        if len(self.param_groups) != len(self._structures):
+        count = len(self._core.structures)
+        if len(self.param_groups) != count:
             raise ValueError(
-                f"param_groups has {len(self.param_groups)} groups, but the optimizer was given "
-                f"{len(self._structures)}."
+                f"param_groups has {len(self.param_groups)} groups, but the optimizer was given {count}."
             )
         for i, group in enumerate(self.param_groups):
             if not isinstance(group, dict):
                 raise TypeError(f"param_groups[{i}] must be a dict, got {type(group).__name__}.")
         return self.param_groups
 
-    def _new_grads(self, group: int) -> Any:
-        params = list(self.param_groups[group]["params"])
-        buffers = zeros_like_each(params, streams=1, shift=_GRAD_SHIFT)
-        return self._structures[group].unflatten([streams[0] for streams in buffers])
-
     def _names(self) -> list[list[str] | None]:
-        return [structure.names if structure.named else None for structure in self._structures]
+        return [structure.names if structure.named else None for structure in self._core.structures]
 
 
 def _is_groups(params: Any) -> bool:
