@@ -39,7 +39,7 @@ _PLAIN_STEP: Final = StepInfo()
 
 
 class _Grads(NamedTuple):
-    """What :attr:`Adam.grads` holds, and for how many groups: those that were added since are still to be made."""
+    """What :attr:`Adam.grads` holds, and for how many groups; those of later ones are still to be made."""
 
     tree: Any
     grouped: bool
@@ -124,6 +124,7 @@ class Adam:
 
     # Options that a subclass does not let a checkpoint change.
     _fixed_options: ClassVar[Mapping[str, Any]] = {}
+    _grads: _Grads | None
 
     def __init__(
         self,
@@ -201,11 +202,10 @@ class Adam:
                 self._core.check_groups(self.param_groups)
                 structures, grouped = self._core.structures, self._core.grouped
             trees = list(held.tree) if held.grouped else [held.tree]
-            for structure, group in zip(
-                structures[held.groups :], self.param_groups[held.groups :], strict=True
-            ):
-                buffers = zeros_like_each(list(group["params"]), streams=1, shift=_GRAD_SHIFT)
-                trees.append(structure.unflatten([streams[0] for streams in buffers]))
+            for i in range(held.groups, len(structures)):
+                params = list(self.param_groups[i]["params"])
+                buffers = zeros_like_each(params, streams=1, shift=_GRAD_SHIFT)
+                trees.append(structures[i].unflatten([streams[0] for streams in buffers]))
             held = self._grads = _Grads(trees if grouped else trees[0], grouped, len(structures))
         return held.tree
 
@@ -450,7 +450,7 @@ class Adam:
     def _new_core(self) -> None:
         self._core = _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads), zeros_like_each)
         self._state = OptimizerState(self._core)
-        self._grads: _Grads | None = None
+        self._grads = None
 
     def _add_group(self, param_group: Mapping[str, Any], grouped: bool, frozen: bool = False) -> None:
         where = f"param_groups[{len(self.param_groups)}]"
