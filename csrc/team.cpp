@@ -52,13 +52,25 @@ class NoSignals {
 #endif
 };
 
-// What helpers need to know to take part, in one word: the number of the job, its chunks and
-// threads.
+// What helpers need to know to take part, in one word: the number of the job, its chunks, its
+// threads, and whether those that sleep are to be woken.
 struct Ticket {
   uint32_t job;
-  uint16_t chunks, threads;
+  uint16_t chunks;
+  uint16_t threads : 15;
+  uint16_t wake : 1;
 };
 static_assert(std::atomic<Ticket>::is_always_lock_free);
+static_assert(kMaxChunks < 1 << 15);
+
+// Where one helper sleeps. Each has a place of its own: with one for all, a step of 2 threads woke
+// every helper that some step had ever started, and took 1.5 times as long beside 6 of them, 13
+// times beside 510.
+struct Bed {
+  std::atomic<bool> asleep{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+};
 
 class Team {
  public:
@@ -88,6 +100,8 @@ class Team {
     [[maybe_unused]] const NoSignals no_signals;
     try {
       for (; helpers_ < wanted; ++helpers_) {
+        Bed*& bed = beds_[helpers_ + 1];
+        if (bed == nullptr) bed = new Bed;
         std::thread(&Team::help, this, helpers_ + 1, ticket_.load()).detach();
       }
     } catch (...) {
@@ -98,46 +112,64 @@ class Team {
 
   int64_t lead(const Job& job, int threads, bool wake) noexcept {
     const Ticket ticket = {ticket_.load(std::memory_order_relaxed).job + 1,
-                           static_cast<uint16_t>(job.chunks), static_cast<uint16_t>(threads)};
+                           static_cast<uint16_t>(job.chunks),
+                           static_cast<uint16_t>(threads & 0x7FFF), wake};
     for (int i = 0; i < job.chunks; ++i) {
       claims_[i].store(open(ticket.job), std::memory_order_relaxed);
     }
     job_ = job;
     unfinished_.store(job.chunks, std::memory_order_relaxed);
-    // Sequentially consistent, as is the count of sleepers: either a helper sees this ticket before
-    // it sleeps, or it is seen here as a sleeper.
+    // Sequentially consistent, as is `asleep`: either a helper sees this ticket before it sleeps,
+    // or it is seen as a sleeper by whoever has seen this ticket.
     ticket_.store(ticket);
-    if (wake && sleepers_.load() > 0) {
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-      }
-      wake_.notify_all();
-    }
+    wake_two(ticket, 0);
     work(ticket, 0);
     return wait_for_others();
   }
 
   void help(int self, Ticket seen) noexcept {
     while (true) {
-      seen = next_ticket(seen);
-      if (self < seen.threads) work(seen, self);
+      seen = next_ticket(self, seen);
+      wake_two(seen, self);
+      work(seen, self);
     }
   }
 
-  Ticket next_ticket(Ticket seen) noexcept {
-    const auto is_new = [&] { return ticket_.load().job != seen.job; };
+  // Everyone who takes part wakes two more, so that the caller pays for two, however many there
+  // are.
+  void wake_two(Ticket ticket, int self) noexcept {
+    if (!ticket.wake) return;
+    for (int next = 2 * self + 1; next <= 2 * self + 2 && next < ticket.threads; ++next) {
+      Bed& bed = *beds_[next];
+      if (!bed.asleep.load()) continue;
+      {
+        // Else the sleeper might have looked at the ticket already, and not be waiting yet.
+        const std::lock_guard<std::mutex> lock(bed.mutex);
+      }
+      bed.wake.notify_one();
+    }
+  }
+
+  // The next ticket in which this helper takes part. Those without it do not keep it awake.
+  Ticket next_ticket(int self, Ticket seen) noexcept {
+    Ticket ticket = seen;
+    const auto takes_part = [&] {
+      ticket = ticket_.load();
+      return ticket.job != seen.job && self < ticket.threads;
+    };
     for (const auto end = Clock::now() + kLookout; Clock::now() < end;) {
       for (int i = 0; i < 32; ++i) {
-        if (is_new()) return ticket_.load();
+        if (takes_part()) return ticket;
         pause();
       }
       std::this_thread::yield();  // the caller may be waiting for this very CPU
     }
-    std::unique_lock<std::mutex> lock(mutex_);
-    sleepers_.fetch_add(1);
-    wake_.wait(lock, is_new);
-    sleepers_.fetch_sub(1);
-    return ticket_.load();
+    Bed& bed = *beds_[self];
+    std::unique_lock<std::mutex> lock(bed.mutex);
+    bed.asleep.store(true);
+    bed.wake.wait(lock, takes_part);
+    bed.asleep.store(false);
+    return ticket;
   }
 
   void work(Ticket ticket, int self) noexcept {
@@ -169,12 +201,10 @@ class Team {
   int helpers_ = 0;  // guarded by in_use_, as is the next
   int refused_ = 0;  // how many steps are still not to ask for another helper
   Job job_ = {};     // written before a ticket is issued; stays until all chunks are finished
-  std::atomic<Ticket> ticket_{Ticket{0, 0, 0}};
-  std::atomic<int> sleepers_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  std::atomic<Ticket> ticket_{Ticket{0, 0, 0, 0}};
   alignas(64) std::atomic<int> unfinished_{0};
   alignas(64) std::atomic<uint64_t> claims_[kMaxChunks] = {};
+  Bed* beds_[kMaxThreads] = {};  // of helpers; written before the first ticket that has them
 };
 
 // One team a process, never destroyed: its helpers may still be asleep in it when the process ends.

@@ -385,6 +385,47 @@ def test_step_uses_as_many_threads_as_it_may(
     assert [1 + int(number) for number in done.stdout.split()] == [expected, expected]
 
 
+WAKEUPS = """
+import os, time
+import numpy as np
+from fused_adam import Adam
+
+def switches():
+    "How often each thread but this one has gone to sleep."
+    counts = {{}}
+    for task in os.listdir("/proc/self/task"):
+        if int(task) != os.getpid():
+            with open(f"/proc/self/task/{{task}}/status") as status:
+                counts[task] = next(int(line.split()[1]) for line in status if line.startswith("voluntary"))
+    return counts
+
+params, grads = np.ones({size}, np.float32), np.ones({size}, np.float32)
+for _ in range(100):  # on a busy machine, steps keep to one thread for a while
+    Adam(params, num_threads=9).step(grads)
+    if len(switches()) == 8:
+        break
+    time.sleep(0.1)
+time.sleep(0.1)
+before = switches()
+opt = Adam(params, num_threads=2)
+for _ in range(50):
+    opt.step(grads)
+    time.sleep(0.001)
+after = switches()
+print(len(before), sum(after[task] != before[task] for task in before))
+"""
+
+
+@needs_tasks
+def test_helpers_that_are_not_needed_sleep_on() -> None:
+    """A step of 2 threads wakes one helper, however many some earlier step had."""
+    done = run_python(WAKEUPS.format(size=PARALLEL), OPENBLAS_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    helpers, woken = map(int, done.stdout.split())
+    assert helpers == 8
+    assert woken <= 1
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " ", "4097", "1" * 30])
 def test_environment_refused(value: str) -> None:
     done = run_python("import fused_adam", FUSED_ADAM_NUM_THREADS=value)
