@@ -1,6 +1,6 @@
-// Hammers the team with small jobs: every chunk runs exactly once, helpers that sleep are woken, and
-// nothing of it inside an OpenMP region or right after a stall. Ends with 0, with 1 and a line that
-// says what went wrong, or with SIGALRM where something waits for ever. .ci/sanitize runs it.
+// Hammers the team with small jobs: every chunk runs exactly once, helpers that sleep are woken,
+// and nothing of it inside an OpenMP region or right after a stall. Ends with 0, with 1 and a line
+// that says what went wrong, or with SIGALRM where something waits for ever. .ci/sanitize runs it.
 #include "../csrc/team.hpp"
 
 #include <stdint.h>
@@ -43,8 +43,7 @@ void every_chunk_once(int most_threads, int jobs) {
     seed = seed * 1664525 + 1013904223;
     const int chunks = 2 + static_cast<int>(seed >> 24) % 100;
     const int threads = 2 + static_cast<int>(seed >> 16) % (most_threads - 1);
-    run_with_team(chunks, threads, job % 16 != 0,
-                  [&](int i) { ++runs[static_cast<size_t>(i)]; });
+    run_with_team(chunks, threads, job % 16 != 0, [&](int i) { ++runs[static_cast<size_t>(i)]; });
     for (int i = 0; i < chunks; ++i) {
       require(runs[static_cast<size_t>(i)] == 1, "a chunk did not run exactly once");
       runs[static_cast<size_t>(i)] = 0;
@@ -52,8 +51,8 @@ void every_chunk_once(int most_threads, int jobs) {
   }
 }
 
-// Jobs that end only when all threads are in them, some of them begun when a helper is just about to
-// sleep: a wake-up that is lost leaves the others waiting.
+// Jobs that end only when all threads are in them, some of them begun when a helper is just about
+// to sleep: a wake-up that is lost leaves the others waiting.
 void sleepers_are_woken(int threads, int jobs) {
   for (int job = 0; job < jobs; ++job) {
     std::atomic<int> inside{0};

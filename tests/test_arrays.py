@@ -511,3 +511,51 @@ def test_takes_number_of_any_kind(option: dict[str, Any]) -> None:
     twin.step(grads)
     assert_same_bits(params, expected)
     assert_same_state(opt, twin)
+
+
+# --- Bases that are resized under their views -------------------------------------------------------
+
+
+def resized(view: np.ndarray, size: int) -> None:
+    """Give the base of a view another size; NumPy does not know of the view."""
+    assert isinstance(view.base, np.ndarray)
+    view.base.resize(size, refcheck=False)
+
+
+@pytest.mark.parametrize("size", [1_000_000, 5], ids=["grown", "shrunk"])
+@pytest.mark.parametrize("what", ["param", "grad"])
+def test_refuses_views_whose_base_was_resized(what: str, size: int) -> None:
+    """Their memory is gone, or ends too early."""
+    w, grads = np.ones(100)[10:20], {"w": np.ones(100)[10:20], "b": np.ones(3)}
+    other = np.ones(3)
+    opt = Adam({"b": other, "w": w})
+    name, view = ("params['w']", w) if what == "param" else ("grad for params['w']", grads["w"])
+    resized(view, size)
+    message = "^" + re.escape(f"{name} is a view of an array that was resized")
+    with pytest.raises(ValueError, match=message):
+        opt.step(grads)
+    assert other.tolist() == [1, 1, 1]
+    assert [entry["step"] for entry in opt.state.values()] == [0, 0]
+    grads["w"] = np.ones(10)
+    if what == "grad":
+        opt.step(grads)
+
+
+def test_views_of_a_base_that_was_resized_in_other_ways_are_taken() -> None:
+    base = np.ones((10, 10))
+    view = base[2]
+    opt = Adam(view)
+    assign(base, "shape", (100,))
+    opt.step(np.ones(10))
+    assert np.allclose(view, 0.999)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_memory_of_the_optimizer_cannot_be_resized(name: str, size: int) -> None:
+    opt = Adam(np.ones(size), amsgrad=True)
+    for array in (opt.state[0][name], opt.grads):
+        while isinstance(array, np.ndarray):
+            with pytest.raises(ValueError, match=r"cannot resize this array|cannot reshape|does not own"):
+                array.resize(7, refcheck=False)
+            array = array.base

@@ -31,7 +31,7 @@ std::string type_name(py::handle object) {
   return module == "builtins" ? name : module + "." + name;
 }
 
-PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> memmap_type;
+PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> memmap_type, mmap_type;
 
 // A subclass of ndarray may mean something else by its elements (masks, units): only memmap, which
 // adds nothing to them, is taken.
@@ -62,6 +62,38 @@ void require_plain_subclass(py::handle object, const Place& place) {
     message += "Lists, tuples and dicts may hold arrays, nothing else.";
   }
   throw py::type_error(message);
+}
+
+// Does the chain of bases end in a memory map? np.memmap and SharedMemory do.
+bool is_mapped(py::handle base, const npy_api& numpy) {
+  while (base) {
+    if (numpy.PyArray_Check_(base.ptr())) {
+      base = py::detail::array_proxy(base.ptr())->base;
+    } else if (PyMemoryView_Check(base.ptr())) {
+      base = PyMemoryView_GET_BUFFER(base.ptr())->obj;
+    } else {
+      auto* mmap = reinterpret_cast<PyTypeObject*>(mmap_type.get_stored().ptr());
+      return PyObject_TypeCheck(base.ptr(), mmap) != 0;
+    }
+  }
+  return false;
+}
+
+// A view whose base was resized points to memory that is gone, or ends too early: NumPy does not
+// know its views. Only an array that owns its memory can be resized, and it is the base itself,
+// since NumPy shortens chains of views.
+bool is_within_base(py::handle base, const ArrayFacts& facts, const npy_api& numpy) {
+  if (!numpy.PyArray_Check_(base.ptr())) return true;
+  const PyArray_Proxy* owner = py::detail::array_proxy(base.ptr());
+  if ((owner->flags & npy_api::NPY_ARRAY_OWNDATA_) == 0) return true;
+  int64_t bytes = numpy.PyArray_RUNTIME_VERSION_ < 0x12
+                      ? py::detail::array_descriptor1_proxy(owner->descr)->elsize
+                      : py::detail::array_descriptor2_proxy(owner->descr)->elsize;
+  for (int i = 0; i < owner->nd; ++i) bytes *= owner->dimensions[i];
+  const auto begin = reinterpret_cast<uintptr_t>(facts.data);
+  const auto base_begin = reinterpret_cast<uintptr_t>(owner->data);
+  return base_begin <= begin && begin + static_cast<uintptr_t>(facts.bytes()) <=
+                                    base_begin + static_cast<uintptr_t>(bytes);
 }
 
 // A loop, as most arrays have one or two dimensions: calling memcmp took a tenth of the time that a
@@ -97,6 +129,8 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place) {
 void load_array_types() {
   memmap_type.call_once_and_store_result(
       [] { return py::module_::import("numpy").attr("memmap").cast<py::object>(); });
+  mmap_type.call_once_and_store_result(
+      [] { return py::module_::import("mmap").attr("mmap").cast<py::object>(); });
 }
 
 ArrayFacts array_facts(py::handle object, const Place& place) {
@@ -126,6 +160,15 @@ ArrayFacts array_facts(py::handle object, const Place& place) {
     throw py::value_error(place.str() +
                           " is not aligned: its data starts between two elements. Use a "
                           "copy, a.copy(), in its place.");
+  }
+  facts.mapped = false;
+  if (array->base == nullptr) return facts;
+  facts.mapped = is_mapped(array->base, numpy);
+  if (!is_within_base(array->base, facts, numpy)) {
+    throw py::value_error(
+        place.str() +
+        " is a view of an array that was resized, and of memory that may be gone: "
+        "make the view anew, and a new optimizer where it is a parameter.");
   }
   return facts;
 }

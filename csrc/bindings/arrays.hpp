@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "../kernel/kernel.hpp"
+#include "../overlap.hpp"
 
 namespace fused_adam {
 
@@ -32,7 +33,9 @@ struct ArrayFacts {
   const py::ssize_t* shape;
   DType dtype;
   bool c_contiguous, f_contiguous;
+  bool mapped;  // of a memory map: np.memmap, SharedMemory
 
+  Memory memory() const { return {data, bytes(), mapped}; }
   int64_t bytes() const { return size * (dtype == kFloat32 ? 4 : 8); }
 };
 

@@ -28,6 +28,8 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
                                 {"exp_avg_sq", exp_avg_sq, true},
                                 {"max_exp_avg_sq", max_exp_avg_sq, true}};
   const int count = max_exp_avg_sq.is_none() ? 4 : 5;
+  constexpr int kGrad = 1;
+  Memory grad_memory = {};
   void* data[5] = {};
   ArrayFacts param_facts = {};
   WrittenMemory written;
@@ -39,8 +41,9 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
     require_like(facts, name, param_facts, {"", "param", ""});
     if (argument.written) {
       require_writeable(argument.array, name, "a step updates it in place.");
-      written.add(facts.data, facts.bytes(), i);
+      written.add(facts.memory(), i);
     }
+    if (i == kGrad) grad_memory = facts.memory();
     data[i] = facts.data;
   }
   const auto [a, b] = written.index();
@@ -49,7 +52,7 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
                           arguments[a].name + ". Every array that is updated needs its own.");
   }
   size_t hint = 0;
-  const int64_t owner = written.owner_of_overlap(data[1], param_facts.bytes(), hint);
+  const int64_t owner = written.owner_of_overlap(grad_memory, hint);
   if (owner != WrittenMemory::kNone) {
     throw py::value_error(std::string("grad shares memory with ") + arguments[owner].name +
                           ", which a step writes. Pass a copy.");

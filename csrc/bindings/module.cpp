@@ -6,6 +6,7 @@
 #include "../parallel.hpp"
 #include "../team.hpp"
 #include "functional.hpp"
+#include "memory.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
 
@@ -37,6 +38,7 @@ void bind(py::module_& m) {
         OptionReader().read(options, where);
       },
       py::arg("options"), py::arg("where"));
+  m.def("zeroed", &zeroed, py::arg("bytes"));
   m.def("adam_step", &adam_step, py::arg("isa"), py::arg("max_threads"), py::arg("options"),
         py::arg("step"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
         py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"));

@@ -101,6 +101,7 @@ void Optimizer::add_group(py::list param_groups, const py::dict& options,
       slot.leaf = i;
       const Place name = place("", slot);
       slot.state = array_facts(slot.param, name);
+      slot.mapped = slot.state.mapped;
       if (!frozen) {
         require_writeable(slot.param, name,
                           "is to be updated in place. Use a.setflags(write=True).");
@@ -188,10 +189,10 @@ void Optimizer::index_memory() {
   for (size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     slot.indexed_data = data_of(slot.param);
-    memory_.add(slot.indexed_data, slot.state.bytes(), param_owner(i));
+    memory_.add({slot.indexed_data, slot.state.bytes(), slot.mapped}, param_owner(i));
     for (void* moment :
          {slot.streams.exp_avg, slot.streams.exp_avg_sq, slot.streams.max_exp_avg_sq}) {
-      if (moment != nullptr) memory_.add(moment, slot.state.bytes(), state_owner(i));
+      if (moment != nullptr) memory_.add({moment, slot.state.bytes(), false}, state_owner(i));
     }
   }
   const auto [a, b] = memory_.index();
@@ -242,11 +243,11 @@ void Optimizer::check_grad(Slot& slot, py::handle array) {
   const Place name = place("grad for ", slot);
   const ArrayFacts grad = array_facts(array, name);
   require_like(grad, name, slot.state, place("", slot));
-  int64_t owner = memory_.owner_of_overlap(grad.data, grad.bytes(), slot.grad_hint);
+  int64_t owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
   if (owner != WrittenMemory::kNone) {
     // A param that is left out of this step may have moved since, and its old memory be this grad.
     index_memory();
-    owner = memory_.owner_of_overlap(grad.data, grad.bytes(), slot.grad_hint);
+    owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
   }
   if (owner != WrittenMemory::kNone) {
     throw py::value_error(name.str() + " shares memory with " + owner_text(owner) +
@@ -280,6 +281,7 @@ void Optimizer::flatten_grads(py::handle grads) {
 // One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.
 void Optimizer::check_and_plan() {
   plan_.clear();
+  memory_.look_again();
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
     int64_t step = -1;  // of the rule that was set last; most params share one
@@ -338,6 +340,7 @@ void Optimizer::step(py::handle grads, py::handle param_groups) {
 void Optimizer::zero(py::handle grads) {
   const StepScope scope(*this);
   flatten_grads(grads);
+  memory_.look_again();
   for (const Slot& slot : slots_) memory_is_indexed_ &= data_of(slot.param) == slot.indexed_data;
   if (!memory_is_indexed_) index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {

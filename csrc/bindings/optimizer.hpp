@@ -72,6 +72,7 @@ class Optimizer {
     Streams streams;                                 // param and grad: of the step that runs
     int64_t step;
     const void* indexed_data;  // of param, when memory_ was made
+    bool mapped;               // is param of a memory map?
     size_t grad_hint;          // for memory_.owner_of_overlap
     size_t group, leaf;        // where its path stands
   };

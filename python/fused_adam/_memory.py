@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+
+from fused_adam import _core
 
 Array = npt.NDArray[Any]
 
@@ -21,8 +22,8 @@ def zeros_like_each(params: list[Array], streams: int, shift: int = 0) -> list[l
     it and from each other (plus `shift` bytes): a CPU that compares only the low 12 bits of addresses
     would otherwise take the load of one stream for a load after the store of another.
 
-    All of them are views of one block, which the operating system fills with zeros only where it is
-    touched: by the threads of the first step.
+    All of them are views of one block, which cannot be resized, and which the operating system fills with
+    zeros only where it is touched: by the threads of the first step.
     """
     offsets: list[list[int]] = []
     end = 0
@@ -37,7 +38,7 @@ def zeros_like_each(params: list[Array], streams: int, shift: int = 0) -> list[l
             offsets[-1].append(start)
             end = start + param.nbytes
     # A whole page to spare lets offsets mean addresses modulo a page.
-    block = np.zeros(end + _PAGE, np.uint8)
+    block = _core.zeroed(end + _PAGE)
     lead = -block.__array_interface__["data"][0] % _PAGE
     return [
         [_view(block[lead + start : lead + start + param.nbytes], param) for start in starts]

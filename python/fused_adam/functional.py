@@ -52,6 +52,12 @@ def adam_step(
         Different shapes, strided, unaligned, byte-swapped, read-only or overlapping arrays,
         hyper-parameters out of range, `step` below 1. Nothing has been written then.
 
+    Notes
+    -----
+    Nothing is kept between calls, so each makes a plan of its own, in a few small allocations; a step of
+    :class:`fused_adam.Adam` makes none. Where several of the arrays are memory maps, each call asks the
+    operating system which files they are of (Linux: 0.3 ms).
+
     Examples
     --------
     >>> import numpy as np
