@@ -2,8 +2,8 @@
 
     python -m benchmarks.powers
 
-PyTorch takes its corrections from the C library, so these are the steps in which its float64 results may differ
-from ours; in float32 such a difference, in the last bit of a double, is nearly always rounded away.
+PyTorch takes its corrections from the C library, so these are the steps in which its float64 results may
+differ from ours; in float32 a difference in the last bit of a double is nearly always rounded away.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ void MappedFiles::refresh() {
     Mapping mapping;
     char shared;
     uint64_t offset, major, minor, inode;
-    const int found = sscanf(line.c_str(),
-                             "%" SCNxPTR "-%" SCNxPTR " %*c%*c%*c%c %" SCNx64 " %" SCNx64
-                             ":%" SCNx64 " %" SCNu64,
-                             &mapping.begin, &mapping.end, &shared, &offset, &major, &minor, &inode);
+    const int found =
+        sscanf(line.c_str(),
+               "%" SCNxPTR "-%" SCNxPTR " %*c%*c%*c%c %" SCNx64 " %" SCNx64 ":%" SCNx64 " %" SCNu64,
+               &mapping.begin, &mapping.end, &shared, &offset, &major, &minor, &inode);
     if (found != 7 || inode == 0) continue;
     mapping.shared = shared == 's';
     mapping.place = place_of({major << 32 | minor, inode}) + offset;

@@ -19,8 +19,8 @@ class MappedFiles {
   // Asks the operating system what is mapped now (Linux; elsewhere nothing is known).
   void refresh();
 
-  // The pieces of files that this memory is, as of the last refresh. only_shared: only where what is
-  // written reaches the file.
+  // The pieces of files that this memory is, as of the last refresh. only_shared: only where what
+  // is written reaches the file.
   std::vector<Piece> pieces(const void* data, int64_t bytes, bool only_shared) const;
 
  private:

@@ -1,7 +1,6 @@
 #include "memory.hpp"
 
 #include <stdint.h>
-#include <stdlib.h>
 
 #include <new>
 
@@ -25,9 +24,10 @@ void ask_for_large_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t b
 }  // namespace
 
 py::array zeroed(py::ssize_t bytes) {
-  void* const block = calloc(static_cast<size_t>(bytes), 1);
+  // Python's calloc, so that tracemalloc knows of it.
+  void* const block = PyMem_RawCalloc(static_cast<size_t>(bytes), 1);
   if (block == nullptr) throw std::bad_alloc();
-  const py::capsule owner(block, &free);
+  const py::capsule owner(block, &PyMem_RawFree);
   ask_for_large_pages(block, static_cast<size_t>(bytes));
   return py::array(py::dtype::of<uint8_t>(), {bytes}, {py::ssize_t{1}}, block, owner);
 }
