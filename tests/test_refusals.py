@@ -235,6 +235,10 @@ def put(attribute: str, *path: Any, value: Any = None, make: Callable[[Any], Any
     return change
 
 
+def set_grads(grads: Any) -> Change:
+    return lambda world: setattr(world.opt, "grads", grads)
+
+
 def drop(attribute: str, *path: Any) -> Change:
     def change(world: World) -> None:
         container = getattr(world, attribute)
@@ -776,15 +780,12 @@ def structure_rows() -> Iterator[Row]:
     for value in ("ab", {}, np.ones(2), {1, 2}):
         name = type(value).__name__
         yield Row(f"step: {name}", "step", put("grads", value=value), ValueError, expected + ".*" + name)
-        yield Row(f"set grads: {name}", "step()", put("opt", "_grads", value=value), ValueError, expected)
+        yield Row(f"set grads: {name}", "step()", set_grads(value), ValueError, expected)
     for id, value in (("number", 5), ("0-d", np.array(5.0)), ("object", object())):
         yield Row(f"step: {id}", "step", put("grads", value=value), ValueError, expected)
         for call in ("step()", "zero_grad"):
-            yield Row(
-                f"{call}: set grads {id}", call, put("opt", "_grads", value=value), ValueError, expected
-            )
-    no_grads = put("opt", "_grads", value=None)
-    yield Row("step: no grads", "step()", no_grads, ValueError, r"step\(\) needs grads")
+            yield Row(f"{call}: set grads {id}", call, set_grads(value), ValueError, expected)
+    yield Row("step: no grads", "step()", set_grads(None), ValueError, r"step\(\) needs grads")
 
     for call in ("Adam", "AdamW"):
         for id, value, error, message in (

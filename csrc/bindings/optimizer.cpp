@@ -74,7 +74,7 @@ std::string Optimizer::owner_text(int64_t owner) const {
   return place(is_state ? "the state of " : "", slots_[static_cast<size_t>(owner / 2)]).str();
 }
 
-void Optimizer::add_group(py::list param_groups, const py::dict& options,
+void Optimizer::add_group(const py::object& param_groups, const py::dict& options,
                           std::shared_ptr<const Structure> structure, bool grouped, bool frozen) {
   const Exclusive exclusive(*this);
   check_groups(param_groups);
@@ -124,7 +124,7 @@ void Optimizer::add_group(py::list param_groups, const py::dict& options,
     index_memory();
     // A dict with texts for keys and a list: nothing of this runs code of Python.
     options[params_key_] = params;
-    param_groups.append(options);
+    py::reinterpret_borrow<py::list>(param_groups).append(options);
   } catch (...) {
     const std::lock_guard<std::mutex> lock(slots_mutex_);
     slots_.resize(first);

@@ -31,7 +31,7 @@ class Optimizer {
   //
   // All of it or nothing, whatever interrupts it: the allocator is the last code of Python that
   // runs, before anything has changed. That is why it takes exclusive use here, not in Python.
-  void add_group(py::list param_groups, const py::dict& options,
+  void add_group(const py::object& param_groups, const py::dict& options,
                  std::shared_ptr<const Structure> structure, bool grouped, bool frozen);
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their

@@ -213,7 +213,8 @@ class Adam:
     def grads(self, grads: Any) -> None:
         # Checked by each step, like any. `opt.grads += g` on one array ends here too.
         tree = list(grads) if isinstance(grads, Iterator) else grads
-        self._grads = _Grads(tree, self._core.grouped, len(self._core.structures))
+        held = _Grads(tree, self._core.grouped, len(self._core.structures))
+        self._grads = None if grads is None else held
 
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
@@ -442,8 +443,7 @@ class Adam:
             self._add_group({**group, "params": tree}, grouped, frozen=True)
         with self._core:
             _checkpoint.restore_state(self._core, saved["state"])
-        if grads is not None:
-            self.grads = grads
+        self.grads = grads
 
     # --- private ---
 
@@ -453,7 +453,7 @@ class Adam:
         self._grads = None
 
     def _add_group(self, param_group: Mapping[str, Any], grouped: bool, frozen: bool = False) -> None:
-        where = f"param_groups[{len(self.param_groups)}]"
+        where = f"param_groups[{len(self._core.structures)}]"
         if not isinstance(param_group, Mapping):
             raise TypeError(f"{where} must be a dict, got {type(param_group).__name__}.")
         if "params" not in param_group:
