@@ -79,7 +79,7 @@ LARGE = 10_000_000
 
 
 def side_by_side(
-    peers: Iterable[str], workload: Workload, dtype: str, threads: int, effort: Effort
+    peers: Iterable[str], workload: Workload, dtype: str, threads: int, isa: str, effort: Effort
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Timings by peer, and why the others were left out."""
     workers: dict[str, tuple[Worker, int]] = {}
@@ -87,7 +87,7 @@ def side_by_side(
     left_out: dict[str, str] = {}
 
     def start(peer: str) -> tuple[Worker, int] | None:
-        worker = Worker(peer, threads)
+        worker = Worker(peer, threads, {"FUSED_ADAM_ISA": isa})
         answer = worker.setup(workload, dtype, effort.seconds)
         if "unable" in answer:
             left_out[peer] = answer["unable"]

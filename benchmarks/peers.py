@@ -44,6 +44,8 @@ def fused_adam(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
 
 
 def _torch_params(shapes: Sequence[Shape], dtype: str, threads: int) -> list[Any]:
+    if _AVX2:
+        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
     import torch
 
     torch.set_num_threads(threads)
@@ -69,6 +71,12 @@ def deepspeed(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
 
 
 def numba_loop(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
+    if _AVX2:
+        import llvmlite.binding as llvm
+
+        features = llvm.get_host_cpu_features()
+        features.update({name: False for name in features if name.startswith("avx512")})
+        os.environ["NUMBA_CPU_FEATURES"] = features.flatten()
     import numba
 
     def loop(p: Any, g: Any, m: Any, v: Any, b1: Any, b2: Any, rate: Any, root: Any, eps: Any) -> None:
@@ -170,38 +178,50 @@ def numpy_textbook(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
 
 
 def limit(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
-    from fused_adam._memory import zeros_like_each
-
     if sum(map(prod, shapes)) < 32_768:
         raise NotImplementedError("below 32,768 elements it would measure the call from Python")
+    return _compiled("limit", shapes, dtype, threads, np.dtype(dtype).itemsize // 4)
+
+
+def divider(shapes: Sequence[Shape], dtype: str, threads: int) -> Step:
+    if sum(map(prod, shapes)) < 16_384:
+        threads = 1  # as in the other loops
+    return _compiled(f"divider_{dtype}", shapes, dtype, threads, 1)
+
+
+def _compiled(name: str, shapes: Sequence[Shape], dtype: str, threads: int, units: int) -> Step:
+    """A loop of limit.cpp, over arrays of so many of its elements for one of ours."""
+    from fused_adam._memory import zeros_like_each
+
     params, grads = _arrays(shapes, dtype)
     moments = zeros_like_each(params, 2)
-    units = np.dtype(dtype).itemsize // 4
+    for _, second in moments:
+        second[...] = 1
     count = len(shapes)
     pointers = ctypes.c_void_p * count
     streams = [
         pointers(*(a.ctypes.data for a in arrays)) for arrays in (params, grads, *zip(*moments, strict=True))
     ]
     sizes = (ctypes.c_int64 * count)(*(prod(s) * units for s in shapes))
-    kernel = _compiled_limit()
+    kernel = getattr(_library(), name)
+    kernel.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int]
+    kernel.restype = None
     run = lambda: kernel(count, *streams, sizes, threads)  # noqa: E731
     run.keep = (params, grads, moments)  # type: ignore[attr-defined]
     return run
 
 
-def _compiled_limit() -> Any:
+def _library() -> Any:
+    from fused_adam import show_config
+
+    by_isa = {"avx512": ["-mavx512f", "-mprefer-vector-width=512"], "avx2": ["-mavx2"]}
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", *by_isa.get(show_config()["isa"], [])]
     source = Path(__file__).with_name("limit.cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "limit.so"
         compiler = os.environ.get("CXX", "c++")
-        subprocess.run(
-            [compiler, "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)],
-            check=True,
-        )
-        kernel = ctypes.CDLL(str(library)).limit
-    kernel.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int]
-    kernel.restype = None
-    return kernel
+        subprocess.run([compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
 
 
 PEERS: dict[str, Peer] = {
@@ -214,4 +234,12 @@ PEERS: dict[str, Peer] = {
     "scikit-learn": sklearn,
     "textbook NumPy": numpy_textbook,
     "limit": limit,
+    "divider": divider,
 }
+
+# No optimizers: what memory and the divider allow.
+LIMITS = ("limit", "divider")
+
+# Who can be kept to AVX2 on a CPU with more: FUSED_ADAM_ISA=avx2 does it for all of them.
+ON_AVX2 = ("fused-adam", "torch fused", "Numba loop", *LIMITS)
+_AVX2 = os.environ.get("FUSED_ADAM_ISA") == "avx2"

@@ -22,7 +22,7 @@ def save(results: dict[str, Any], folder: Path) -> list[Path]:
 
     mpl.use("Agg")
     paths = []
-    kinds = {(row["dtype"], row["threads"]) for row in results["steps"]}
+    kinds = {(row["dtype"], row["threads"]) for row in _best_isa(results)}
     for dtype, threads in sorted(kinds):
         path = folder / f"speed-{dtype}-{threads}.png"
         _speed(results, dtype, threads, path)
@@ -34,11 +34,15 @@ def save(results: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
+def _best_isa(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in results["steps"] if row["isa"] == results["machine"]["isa"]]
+
+
 def _speed(results: dict[str, Any], dtype: str, threads: int, path: Path) -> None:
     """How many times the time of fused-adam each peer takes, by workload."""
     import matplotlib.pyplot as plt
 
-    rows = [r for r in results["steps"] if (r["dtype"], r["threads"]) == (dtype, threads)]
+    rows = [r for r in _best_isa(results) if (r["dtype"], r["threads"]) == (dtype, threads)]
     peers = [p for p in COLOURS if p != "fused-adam" and any(p in row["peers"] for row in rows)]
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.85 * len(rows)), layout="constrained")
     height = 0.8 / max(len(peers), 1)

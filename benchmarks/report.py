@@ -14,23 +14,28 @@ def seconds_text(seconds: float) -> str:
     raise AssertionError
 
 
+def machine_text(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return f"{machine['cpu']}, {machine['cores']} CPUs, {machine['isa']}, load {machine['load']:.1f}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def step_tables(results: dict[str, Any]) -> str:
-    """For each dtype and number of threads a table: workloads by peers, medians."""
+    """For each ISA, dtype and number of threads a table: workloads by peers, medians."""
     parts = []
-    kinds = sorted({(row["dtype"], row["threads"]) for row in results["steps"]}, key=lambda k: (k[0], -k[1]))
-    for dtype, threads in kinds:
-        rows = [r for r in results["steps"] if (r["dtype"], r["threads"]) == (dtype, threads)]
+    kinds = dict.fromkeys((row["isa"], row["dtype"], row["threads"]) for row in results["steps"])
+    for isa, dtype, threads in kinds:
+        rows = [r for r in results["steps"] if (r["isa"], r["dtype"], r["threads"]) == (isa, dtype, threads)]
         peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
         body = []
         for row in rows:
             cells = [row["peers"].get(peer) for peer in peers]
             body.append([row["workload"], *(seconds_text(c["median"]) if c else "-" for c in cells)])
-        title = f"**{dtype}, {threads} thread{'s' * (threads > 1)}**, median of a step"
+        title = f"**{dtype}, {threads} thread{'s' * (threads > 1)}, {isa}**, median of a step"
         parts.append(title + "\n\n" + table(["workload", *peers], body))
     return "\n\n".join(parts)
 
@@ -82,4 +87,4 @@ def gradient_table(results: dict[str, Any]) -> str:
 
 def all_tables(results: dict[str, Any]) -> str:
     tables = (step_tables, call_table, gradient_table, scaling_table, busy_table, idle_table, isa_table)
-    return "\n\n".join(make(results) for make in tables)
+    return "\n\n".join([machine_text(results), *(make(results) for make in tables)])

@@ -13,12 +13,12 @@ from typing import Any
 
 from benchmarks import own, plots, report, targets
 from benchmarks.measure import LARGE, Effort, known_peers, side_by_side
-from benchmarks.peers import PEERS
+from benchmarks.peers import ON_AVX2, PEERS
 from benchmarks.workloads import WORKLOADS
 from fused_adam import show_config
 
 # Quick runs leave out the peers that nobody would take for fast, and those that compile for a minute.
-QUICK_PEERS = ("fused-adam", "torch fused", "Numba loop", "textbook NumPy", "limit")
+QUICK_PEERS = ("fused-adam", "torch fused", "Numba loop", "textbook NumPy", "limit", "divider")
 
 
 def main() -> None:
@@ -38,26 +38,33 @@ def main() -> None:
     cpus = show_config()["cpus"]
     counts = sorted({1, min(2, cpus)} if quick else {1, min(2, cpus), cpus})
     dtypes = ("float32",) if quick else ("float32", "float64")
-    for dtype, threads in [(dtype, count) for dtype in dtypes for count in reversed(counts)]:
+    best = show_config()["isa"]
+    # Where the CPU has more than AVX2, a full run measures those who can be kept to it once more.
+    kinds = [(best, dtype, count) for dtype in dtypes for count in reversed(counts)]
+    if best == "avx512" and not quick:
+        kinds += [("avx2", dtype, count) for _, dtype, count in kinds]
+    for isa, dtype, threads in kinds:
+        measured = [peer for peer in peers if isa == best or peer in ON_AVX2]
         for workload in WORKLOADS:
             large = workload.size >= LARGE
-            if quick and threads < counts[-1] and large:
+            if large and (isa != best or (quick and threads < counts[-1])):
                 continue
             effort = Effort(
                 (3 if quick else 5) if large else 5 if quick else 9, 0.02 if quick and not large else 0.05
             )
-            timings, left_out = side_by_side(peers, workload, dtype, threads, effort)
+            timings, left_out = side_by_side(measured, workload, dtype, threads, isa, effort)
             results["left_out"].update(left_out)
             results["steps"].append(
                 {
                     "workload": workload.name,
                     "dtype": dtype,
                     "threads": threads,
+                    "isa": isa,
                     "peers": {peer: asdict(timing) for peer, timing in timings.items()},
                 }
             )
             medians = ", ".join(f"{p} {report.seconds_text(t.median)}" for p, t in timings.items())
-            print(f"{workload.name}, {dtype}, {threads}: {medians}", file=sys.stderr, flush=True)
+            print(f"{workload.name}, {dtype}, {threads}, {isa}: {medians}", file=sys.stderr, flush=True)
 
     effort = Effort(5 if quick else 15, 0.02)
     results["calls"] = {name: asdict(timing) for name, timing in own.call_overhead(effort).items()}
@@ -79,7 +86,7 @@ def main() -> None:
         print("\nplots:", ", ".join(map(str, plots.save(results, arguments.output))))
     except ImportError as error:
         print(f"\nno plots: {error}")
-    print()
+    print(f"\nTargets on {report.machine_text(results)}")
     for target in targets.judge(results):
         print(target)
 
@@ -89,7 +96,9 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+        about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        if "model name" in about:  # virtual machines may have no more of a name than "AMD EPYC"
+            cpu = f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
     return {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], **show_config()}
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.peers import LIMITS
+
 US = "1 array of 1,000"
+K10 = "1 array of 10,000"
 MLP = "MLP, 6 arrays, 26,122"
 MANY = "1,000 arrays of 64"
 LORA = "LoRA, 96 arrays, 589,824"
@@ -15,8 +18,9 @@ GPT2 = "GPT-2 small, 148 arrays, 124 M"
 
 # How many times faster than PyTorch's fused Adam, and with how many threads that is measured.
 OVER_TORCH = {US: (25, 2), MLP: (6, 2), MANY: (80, 2), LORA: (4, 1), K100: (5, 2), M1: (2.2, 2), GPT2: (1, 2)}
-# The share of the speed of limit.cpp.
+# The shares of the speeds of limit.cpp.
 OF_LIMIT = {K100: 0.70, M1: 0.70, GPT2: 0.95}
+OF_DIVIDER = {K10: 0.90, K100: 0.90}
 # Two equal programs differ by this much between runs: "not slower" means not slower by more.
 NOISE = 0.03
 WITHIN = f", within {NOISE:.0%}".replace("%", " %")
@@ -35,18 +39,18 @@ class Target:
 
 def judge(results: dict[str, Any]) -> list[Target]:
     targets: list[Target] = []
-    steps: dict[tuple[str, str, int], dict[str, float]] = {
-        (row["workload"], row["dtype"], row["threads"]): {
+    steps: dict[tuple[str, str, int, str], dict[str, float]] = {
+        (row["workload"], row["dtype"], row["threads"], row["isa"]): {
             peer: timing["median"] for peer, timing in row["peers"].items()
         }
         for row in results["steps"]
     }
-    for (workload, dtype, threads), medians in steps.items():
+    for (workload, dtype, threads, isa), medians in steps.items():
         if "fused-adam" not in medians:
             continue
-        at = f"{workload}, {dtype}, {threads} thread{'s' * (threads > 1)}"
+        at = f"{workload}, {dtype}, {threads} thread{'s' * (threads > 1)}, {isa}"
         ours = medians["fused-adam"]
-        others = {p: t for p, t in medians.items() if p not in ("fused-adam", "limit")}
+        others = {p: t for p, t in medians.items() if p not in ("fused-adam", *LIMITS)}
         if others:
             peer, best = min(others.items(), key=lambda item: item[1])
             ratio = best / ours
@@ -73,6 +77,9 @@ def judge(results: dict[str, Any]) -> list[Target]:
         if workload in OF_LIMIT and "limit" in medians and dtype == "float32":
             share, wanted = medians["limit"] / ours, OF_LIMIT[workload]
             targets.append(Target(f"of the limit, {at}", f">= {wanted}", f"{share:.2f}", share >= wanted))
+        if workload in OF_DIVIDER and "divider" in medians:
+            share, wanted = medians["divider"] / ours, OF_DIVIDER[workload]
+            targets.append(Target(f"of the divider, {at}", f">= {wanted}", f"{share:.2f}", share >= wanted))
 
     calls = {name: timing["median"] for name, timing in results["calls"].items()}
     small = calls["1 array of 100"]

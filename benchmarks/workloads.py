@@ -29,6 +29,7 @@ def _gpt2_small() -> tuple[Shape, ...]:
 
 WORKLOADS = (
     Workload("1 array of 1,000", ((1000,),)),
+    Workload("1 array of 10,000", ((10_000,),)),
     Workload("MLP, 6 arrays, 26,122", ((64, 128), (128,), (128, 128), (128,), (128, 10), (10,))),
     Workload("1,000 arrays of 64", ((64,),) * 1000),
     Workload("LoRA, 96 arrays, 589,824", ((8, 768), (768, 8)) * 48),

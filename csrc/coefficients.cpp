@@ -68,7 +68,7 @@ CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   const DefaultFloatMode mode;
   const bool decoupled = hyper.decoupled_weight_decay;
   Coefficients<double> k;
-  k.grad_sign = hyper.maximize ? -1.0 : 1.0;
+  k.grad_sign = hyper.maximize ? -0.0 : 0.0;
   k.l2_decay = decoupled ? 0.0 : hyper.weight_decay;
   // Rounded once: the compiler of PyTorch makes one fused operation of 1 - lr * weight_decay.
   k.param_decay = decoupled ? std::fma(-hyper.lr, hyper.weight_decay, 1.0) : 1.0;

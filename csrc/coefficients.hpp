@@ -24,7 +24,7 @@ struct HyperParameters {
 // What adam_rule.hpp calls k. T is a float, a double, or a vector of either.
 template <class T>
 struct Coefficients {
-  T grad_sign;    // -1 to maximize, else 1
+  T grad_sign;    // -0 to maximize, else +0: only its sign counts
   T l2_decay;     // weight_decay of the L2 form
   T param_decay;  // 1 - lr * weight_decay when decoupled, else 1 (an exact no-op)
   T lerp_weight;  // of grad - exp_avg: 1 - beta1, or -beta1 when lerp_from_grad

@@ -33,13 +33,11 @@ inline F32x8 add(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32x8 sub(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x8 sqrt(F32x8 a) { return {_mm256_sqrt_ps(a.v)}; }
-// MAXPS is a > b ? a : b, which loses a NaN in a.
+inline F32x8 flip_sign(F32x8 a, F32x8 b) { return {_mm256_xor_ps(a.v, b.v)}; }
+inline F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+// VMAXPS loses a NaN in a; or with the lanes that have one, which are all ones, makes it NaN again.
 inline F32x8 max_or_nan(F32x8 a, F32x8 b) {
-  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
-}
-
-inline F32x8 number_or(F32x8 a, F32x8 b) {
-  return {_mm256_blendv_ps(a.v, b.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+  return {_mm256_or_ps(_mm256_max_ps(a.v, b.v), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
 
 struct F64x4 {
@@ -63,11 +61,10 @@ inline F64x4 add(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline F64x4 sub(F64x4 a, F64x4 b) { return {_mm256_sub_pd(a.v, b.v)}; }
 inline F64x4 fma(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline F64x4 sqrt(F64x4 a) { return {_mm256_sqrt_pd(a.v)}; }
-inline F64x4 number_or(F64x4 a, F64x4 b) {
-  return {_mm256_blendv_pd(a.v, b.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
-}
+inline F64x4 flip_sign(F64x4 a, F64x4 b) { return {_mm256_xor_pd(a.v, b.v)}; }
+inline F64x4 max(F64x4 a, F64x4 b) { return {_mm256_max_pd(a.v, b.v)}; }
 inline F64x4 max_or_nan(F64x4 a, F64x4 b) {
-  return {_mm256_blendv_pd(_mm256_max_pd(a.v, b.v), a.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
+  return {_mm256_or_pd(_mm256_max_pd(a.v, b.v), _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
 }
 
 }  // namespace

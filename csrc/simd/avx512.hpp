@@ -25,14 +25,12 @@ inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
-// VMAXPS is a > b ? a : b, which loses a NaN in a.
+inline F32x16 flip_sign(F32x16 a, F32x16 b) { return {_mm512_xor_ps(a.v, b.v)}; }
+inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+// VMAXPS loses a NaN in a: such lanes stay as they are.
 inline F32x16 max_or_nan(F32x16 a, F32x16 b) {
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), nan, a.v)};
-}
-
-inline F32x16 number_or(F32x16 a, F32x16 b) {
-  return {_mm512_mask_mov_ps(a.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), b.v)};
+  const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+  return {_mm512_mask_max_ps(a.v, number, a.v, b.v)};
 }
 
 struct F64x8 {
@@ -54,12 +52,11 @@ inline F64x8 add(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline F64x8 sub(F64x8 a, F64x8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline F64x8 fma(F64x8 a, F64x8 b, F64x8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline F64x8 sqrt(F64x8 a) { return {_mm512_sqrt_pd(a.v)}; }
-inline F64x8 number_or(F64x8 a, F64x8 b) {
-  return {_mm512_mask_mov_pd(a.v, _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q), b.v)};
-}
+inline F64x8 flip_sign(F64x8 a, F64x8 b) { return {_mm512_xor_pd(a.v, b.v)}; }
+inline F64x8 max(F64x8 a, F64x8 b) { return {_mm512_max_pd(a.v, b.v)}; }
 inline F64x8 max_or_nan(F64x8 a, F64x8 b) {
-  const __mmask8 nan = _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm512_mask_mov_pd(_mm512_max_pd(a.v, b.v), nan, a.v)};
+  const __mmask8 number = _mm512_cmp_pd_mask(a.v, a.v, _CMP_ORD_Q);
+  return {_mm512_mask_max_pd(a.v, number, a.v, b.v)};
 }
 
 }  // namespace

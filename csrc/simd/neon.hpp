@@ -35,13 +35,15 @@ inline F32x4 add(F32x4 a, F32x4 b) { return {vaddq_f32(a.v, b.v)}; }
 inline F32x4 sub(F32x4 a, F32x4 b) { return {vsubq_f32(a.v, b.v)}; }
 inline F32x4 fma(F32x4 a, F32x4 b, F32x4 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline F32x4 sqrt(F32x4 a) { return {vsqrtq_f32(a.v)}; }
-// FMAX orders -0 below +0, which x86 does not: compare and select instead.
+inline F32x4 flip_sign(F32x4 a, F32x4 b) {
+  return {vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a.v), vreinterpretq_u32_f32(b.v)))};
+}
+// FMAX and FMAXNM order -0 below +0 and prefer another NaN, which x86 does not: compare and select.
+inline F32x4 max(F32x4 a, F32x4 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 inline F32x4 max_or_nan(F32x4 a, F32x4 b) {
   const uint32x4_t number = vceqq_f32(a.v, a.v);
   return {vbslq_f32(vornq_u32(vcgtq_f32(a.v, b.v), number), a.v, b.v)};
 }
-
-inline F32x4 number_or(F32x4 a, F32x4 b) { return {vbslq_f32(vceqq_f32(a.v, a.v), a.v, b.v)}; }
 
 struct F64x2 {
   using Scalar = double;
@@ -69,7 +71,10 @@ inline F64x2 add(F64x2 a, F64x2 b) { return {vaddq_f64(a.v, b.v)}; }
 inline F64x2 sub(F64x2 a, F64x2 b) { return {vsubq_f64(a.v, b.v)}; }
 inline F64x2 fma(F64x2 a, F64x2 b, F64x2 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 inline F64x2 sqrt(F64x2 a) { return {vsqrtq_f64(a.v)}; }
-inline F64x2 number_or(F64x2 a, F64x2 b) { return {vbslq_f64(vceqq_f64(a.v, a.v), a.v, b.v)}; }
+inline F64x2 flip_sign(F64x2 a, F64x2 b) {
+  return {vreinterpretq_f64_u64(veorq_u64(vreinterpretq_u64_f64(a.v), vreinterpretq_u64_f64(b.v)))};
+}
+inline F64x2 max(F64x2 a, F64x2 b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
 inline F64x2 max_or_nan(F64x2 a, F64x2 b) {
   const uint64x2_t number = vceqq_f64(a.v, a.v);
   return {vbslq_f64(vornq_u64(vcgtq_f64(a.v, b.v), number), a.v, b.v)};

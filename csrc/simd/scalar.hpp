@@ -29,11 +29,12 @@ inline F32x1 add(F32x1 a, F32x1 b) { return {a.v + b.v}; }
 inline F32x1 sub(F32x1 a, F32x1 b) { return {a.v - b.v}; }
 inline F32x1 fma(F32x1 a, F32x1 b, F32x1 c) { return {::fmaf(a.v, b.v, c.v)}; }
 inline F32x1 sqrt(F32x1 a) { return {::sqrtf(a.v)}; }
+// -a where b has a sign, else a. b is a zero, +0 or -0.
+inline F32x1 flip_sign(F32x1 a, F32x1 b) { return {a.v * ::copysignf(1.0f, b.v)}; }
+// The larger of the two; b where they are equal or either is NaN.
+inline F32x1 max(F32x1 a, F32x1 b) { return a.v > b.v ? a : b; }
 // The larger of the two; b where they are equal; NaN where either is.
 inline F32x1 max_or_nan(F32x1 a, F32x1 b) { return a.v > b.v || a.v != a.v ? a : b; }
-
-// a, but b where a is NaN.
-inline F32x1 number_or(F32x1 a, F32x1 b) { return a.v == a.v ? a : b; }
 
 struct F64x1 {
   using Scalar = double;
@@ -53,7 +54,8 @@ inline F64x1 add(F64x1 a, F64x1 b) { return {a.v + b.v}; }
 inline F64x1 sub(F64x1 a, F64x1 b) { return {a.v - b.v}; }
 inline F64x1 fma(F64x1 a, F64x1 b, F64x1 c) { return {::fma(a.v, b.v, c.v)}; }
 inline F64x1 sqrt(F64x1 a) { return {::sqrt(a.v)}; }
-inline F64x1 number_or(F64x1 a, F64x1 b) { return a.v == a.v ? a : b; }
+inline F64x1 flip_sign(F64x1 a, F64x1 b) { return {a.v * ::copysign(1.0, b.v)}; }
+inline F64x1 max(F64x1 a, F64x1 b) { return a.v > b.v ? a : b; }
 inline F64x1 max_or_nan(F64x1 a, F64x1 b) { return a.v > b.v || a.v != a.v ? a : b; }
 
 }  // namespace
