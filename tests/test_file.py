@@ -131,7 +131,7 @@ def test_saved_again_it_is_the_same_file(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("step", [0, 1, 2**31, 2**53 - 3])
+@pytest.mark.parametrize("step", [0, 1, 2**31, 2**53 - 2, 2**53 + 1, 2**62])
 def test_huge_step_counts(tmp_path: pathlib.Path, step: int) -> None:
     opt = small()
     saved = opt.state_dict()

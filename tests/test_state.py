@@ -167,7 +167,9 @@ def small(steps: int = 3, **options: Any) -> Adam:
 
 
 @pytest.mark.parametrize(
-    "step", [3, 3.0, np.int32(3), np.float32(3), np.array(3), np.array(3.0), 0, 2**53, float(2**53)], ids=repr
+    "step",
+    [3, 3.0, np.int32(3), np.float32(3), np.array(3), np.array(3.0), 0, 2**53 + 1, float(2**53), 2**62],
+    ids=repr,
 )
 def test_step_of_any_kind_of_number(step: Any) -> None:
     opt, saved = small(), small().state_dict()
@@ -358,7 +360,20 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     },
     **{
         f"step={step!r}": (entry(step=step), ValueError, f"{ENTRY}['step'] must be a whole number >= 0")
-        for step in (-1, -1.0, 0.5, NAN, INF, -INF, 2**53 + 1, 2**70, 1e300, np.float32(1.5), np.array(-1))
+        for step in (
+            -1,
+            -1.0,
+            0.5,
+            NAN,
+            INF,
+            -INF,
+            2**62 + 1,
+            2.0**53 + 2,
+            2**70,
+            1e300,
+            np.float32(1.5),
+            np.array(-1),
+        )
     },
     **{
         f"{name}={id}": (entry(**{name: value}), TypeError, f"{ENTRY}['{name}'] must be an array")
@@ -590,3 +605,16 @@ def test_shallow_copy_leaves_the_original_alone() -> None:
     copy.copy(opt)
     before.assert_unchanged()
     opt.step([np.ones(3)])
+
+
+def test_step_counts_that_pass_what_a_float_holds() -> None:
+    """What a state_dict has must load, here as in files: counts are integers at any size."""
+    opt = small(0)
+    saved = opt.state_dict()
+    for entry in saved["state"].values():
+        entry["step"] = 2**53
+    opt.load_state_dict(saved)
+    train(opt, opt.grads, [1, 2])
+    twin = small(0)
+    twin.load_state_dict(opt.state_dict())
+    assert [entry["step"] for entry in twin.state.values()] == [2**53 + 2] * 3

@@ -29,7 +29,8 @@ class Structure {
   const std::vector<py::object>& leaves() const { return leaves_; }
   // "['encoder'][0]": what has to follow params in Python to get at a leaf; "" for a lone array.
   const std::vector<std::string>& paths() const { return paths_; }
-  // "encoder.0"; "" for a lone array.
+  // "encoder.0", or the paths of all leaves where two would share such a name: {"a.b": x, "a":
+  // {"b": y}}. No two are equal. In Python they are decoded(): keys may be any text.
   const std::vector<std::string>& names() const { return names_; }
   // Does a dict take part? Only then are the names more than numbers.
   bool named() const { return named_; }

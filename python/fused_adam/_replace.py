@@ -8,7 +8,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -47,19 +47,19 @@ class Writer:
             self._unflushed = 0
             self._wait()
             with suppress(RuntimeError):  # at the exit of the interpreter there are no new threads
-                self._flush = self._pool.submit(os.fsync, self._file.fileno())
+                self._flush = self._pool.submit(_flush, self._file)
 
-    def write_hashed(self, data: memoryview, checksum: int) -> int:
-        """Write, and hash meanwhile: both take about as long, and neither needs the GIL."""
+    def write_hashed(self, data: bytes | memoryview, checksum: int) -> int:
+        """Write, and hash meanwhile: both take about as long, and neither needs the GIL.
+
+        An interruption may leave the hashing behind, which needs the memory until it is done: data must
+        own it, as bytes do and views of arrays.
+        """
         hashed: Future[int] | None = None
-        if data.nbytes >= _HASHED_ASIDE:
+        if len(data) >= _HASHED_ASIDE:
             with suppress(RuntimeError):  # as above
                 hashed = self._pool.submit(zlib.crc32, data, checksum)
-        try:
-            self.write(data)
-        finally:
-            if hashed is not None:
-                wait([hashed])  # also where the write fails: the memory is free to be reused then
+        self.write(data)
         return zlib.crc32(data, checksum) if hashed is None else hashed.result()
 
     def _wait(self) -> None:
@@ -123,7 +123,10 @@ def _new_temporary(target: Path) -> FileIO:
 
 def _stem(target: Path) -> str:
     """The name of the target, shortened where the longer one of a temporary file would be too long."""
-    return os.fsdecode(os.fsencode(target.name)[:200].decode(errors="ignore"))
+    name = target.name
+    while len(os.fsencode(name)) > 200:
+        name = name[:-1]
+    return name
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -159,8 +162,12 @@ def open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def _flush(file: FileIO) -> None:
+    os.fsync(file.fileno())  # an error where an interruption has closed it, and no other file is flushed
+
+
 def _flush_to_disk(file: FileIO) -> None:
-    os.fsync(file.fileno())
+    _flush(file)
     if sys.platform == "darwin":  # where fsync stops at the cache of the disk
         with suppress(OSError):
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
