@@ -426,6 +426,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*GROUP, "params"), [0.0, 1.0], NOT_OURS),
     ((*GROUP, "params"), [0], "it has 1 parameters, but params has 2"),
     ((*GROUP, "params"), ..., NOT_OURS),
+    ((*GROUP, "param_names"), ["w", "w"], "it has two parameters named 'w', as an earlier version"),
     ((*GROUP, "param_names"), ["w", "c"], "'b' in params but not in the file|other names"),
     ((*GROUP, "param_names"), [["w"], {}], "other names"),
     ((*GROUP, "param_names"), ["w" * 10**4, "c" * 10**4], "other names"),
@@ -504,6 +505,16 @@ def test_steps_that_are_none(saved: Path) -> None:
         edit(header, META, "crc32", "step", value=f"{zlib.crc32(raw):08x}")
         forge(saved, dumps(header), raw + data[16:])
         check_refused(saved, f"the step count of parameter 'b' is {step}")
+
+
+def test_names_that_do_not_tell_apart(saved: Path) -> None:
+    """Files of earlier versions may have them; which of two is meant must not be guessed."""
+    for given in (like_small(), {"w": {"b": np.ones((2, 3), np.float32)}, "w.b": np.ones(4)}):
+        header, data = parts(saved)
+        edit(header, *GROUP, "param_names", value=["w.b", "w.b"])
+        forge(saved, dumps(header), data)
+        check_refused(saved, "it has two parameters named 'w.b', as an earlier version", given)
+    assert_same_state(Adam.load(saved, list(like_small().values())), small())  # as the message says
 
 
 def test_duplicate_keys(saved: Path) -> None:

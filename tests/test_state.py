@@ -7,6 +7,7 @@ import pickle
 import re
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,31 @@ def test_step_of_any_kind_of_number(step: Any) -> None:
     opt.load_state_dict(saved)
     assert [entry["step"] for entry in opt.state.values()] == [3, int(step), 3]
     assert type(opt.state[1]["step"]) is int
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        ({"a.b": 1, "a": {"b": 2}}, {"a": {"b": 2}, "a.b": 1}),
+        ({1: 1, "1": 2}, {"1": 2, 1: 1}),
+    ],
+)
+def test_ambiguous_names_in_another_order(saved: Any, given: Any) -> None:
+    make = partial(map_tree, lambda value: np.full(2, float(value)))
+    opt, twin = Adam(make(saved)), Adam(make(given))
+    opt.step(make(saved))
+    with refused(ValueError, r"its parameter 0 is named .*, here it is ", twin):
+        twin.load_state_dict(opt.state_dict())
+
+
+def test_names_that_do_not_tell_apart() -> None:
+    opt = Adam({"v": np.ones(2), "w": np.ones(2)})
+    checkpoint = opt.state_dict()
+    checkpoint["param_groups"][0]["param_names"] = ["w", "w"]
+    with refused(ValueError, r"\['param_names'\] has 'w' twice, so that nobody knows which is which", opt):
+        opt.load_state_dict(checkpoint)
+    del checkpoint["param_groups"][0]["param_names"]  # as the message says
+    opt.load_state_dict(checkpoint)
 
 
 @pytest.mark.parametrize("how", ["no-entry", "empty-entry"])

@@ -1,5 +1,6 @@
 #include "structure.hpp"
 
+#include <algorithm>
 #include <string_view>
 #include <unordered_set>
 
@@ -29,6 +30,18 @@ py::object as_sequence(py::handle tree) {
                      : py::reinterpret_borrow<py::object>(tree);
 }
 
+// Both halves of a surrogate pair, next to each other: JSON, as in a file, makes one character of
+// them.
+bool has_split_pair(const std::string& exact) {
+  const auto is_half = [&](size_t i, char kind) {
+    return exact[i] == '\xED' && (exact[i + 1] & '\xF0') == kind;
+  };
+  for (size_t i = 0; i + 6 <= exact.size(); ++i) {
+    if (is_half(i, '\xA0') && is_half(i + 3, '\xB0')) return true;
+  }
+  return false;
+}
+
 // Null where all are different.
 const std::string* first_repeated(const std::vector<std::string>& texts) {
   std::unordered_set<std::string_view> seen;
@@ -55,7 +68,9 @@ struct Structure::Trail {
 
 Structure::Structure(const py::object& params) {
   top_ = build(as_sequence(params), "", "");
-  if (!named_ || first_repeated(names_) == nullptr) return;
+  if (!named_) return;
+  const bool is_odd = std::any_of(names_.begin(), names_.end(), has_split_pair);
+  if (!is_odd && first_repeated(names_) == nullptr) return;
   names_ = paths_;
   if (const std::string* path = first_repeated(paths_)) {
     throw py::value_error("two parameters are at params" + *path +

@@ -140,6 +140,8 @@ def _plain_json(value: Any, where: str) -> Any:
         return {key: _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         _refuse_option(where, value, "it is not finite")
+    if isinstance(value, str) and json.loads(json.dumps(value)) != value:
+        _refuse_option(where, value, "it has the halves of a character next to each other")
     if value is not None and not isinstance(value, (bool, int, float, str)):
         _refuse_option(where, value, f"it is of type {type(value).__name__}")
     return value
