@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -457,10 +458,75 @@ def test_state_of_no_key(key: Any) -> None:
         Adam([np.ones(2), np.ones(2)]).state[key]
 
 
-def test_state_of_dotted_names_that_collide() -> None:
-    state = Adam({"a": {"b": np.ones(1)}, "a.b": np.ones(2)}).state
-    with pytest.raises(KeyError, match=r"'a.b' names the parameters \[0, 1\]"):
-        state["a.b"]
+# Two leaves would share a dotted name, so that all have their paths for names.
+AMBIGUOUS: dict[str, tuple[Any, list[str]]] = {
+    "dots": ({"a.b": 0, "a": {"b": 0}, "c": 0}, ["['a.b']", "['a']['b']", "['c']"]),
+    "numbers": ({1: 0, "1": 0}, ["[1]", "['1']"]),
+    "lists": ({"a": [0, 0], "a.1": 0}, ["['a'][0]", "['a'][1]", "['a.1']"]),
+    "empty": ({"": {"x": 0}, "x": 0}, ["['']['x']", "['x']"]),
+    "a pair": ({"\ud83d\ude00": 0, "😀": 0}, ["['\\ud83d\\ude00']", "['😀']"]),
+    "surrogates": ({"\ud800": {"x": 0}, "\ud800.x": 0}, ["['\\ud800']['x']", "['\\ud800.x']"]),
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_names_are_never_ambiguous(case: str) -> None:
+    tree, names = AMBIGUOUS[case]
+    opt = Adam(map_tree(lambda leaf: np.ones(2), tree))
+    assert opt.state_dict()["param_groups"][0]["param_names"] == names
+    for index, name in enumerate(names):
+        opt.state[index]["exp_avg"][0] = index + 1
+        assert opt.state[name]["exp_avg"][0] == index + 1
+    for name in ("a.b", "1", "a.1", "x", "\ud800.x"):
+        assert name not in opt.state
+
+
+def test_keys_that_cannot_be_told_apart() -> None:
+    class Key:
+        def __repr__(self) -> str:
+            return "k"
+
+    params = {"w": {Key(): np.ones(2), Key(): np.ones(2)}}
+    message = r"^two parameters are at params\['w'\]\[k\]: their keys are different, but have the same repr"
+    with pytest.raises(ValueError, match=message):
+        Adam(params)
+    opt = Adam({"w": np.ones(2)})
+    with refused(ValueError, message, opt):
+        opt.add_param_group({"params": params})
+    Adam({"w": {Key(): np.ones(2)}, "v": {Key(): np.ones(2)}})
+
+
+@pytest.mark.parametrize("key", ["\ud800", "a\udfff.b\0", "\ude00\ud83d", "😀"], ids=ascii)
+def test_keys_of_any_text(key: str) -> None:
+    """Half a surrogate pair has no place in UTF-8, but in a dict."""
+    params = {key: [np.ones(2)], "w": np.ones(3)}
+    opt = Adam(params)
+    opt.step({key: [np.ones(2)], "w": np.ones(3)})
+    assert opt.state[f"{key}.0"]["step"] == 1
+    for grads in ({"w": np.ones(3), "x": None}, {key: None, "w": None}, {key: [np.ones(3)], "w": None}):
+        with refused(ValueError, re.escape(repr(key)), opt):
+            opt.step(grads)
+    opt.add_param_group({"params": np.ones(1), key: key})
+    twin = Adam([{"params": map_tree(np.copy, params)}, {"params": np.ones(1)}])
+    twin.load_state_dict(opt.state_dict())
+    assert twin.state[f"{key}.0"]["step"] == 1 and twin.param_groups[1][key] == key
+    assert copy.deepcopy(opt).state[f"{key}.0"]["step"] == 1
+
+
+def test_reprs_of_any_text() -> None:
+    class Odd:
+        def __repr__(self) -> str:
+            return "<\ud800>"
+
+    key = Odd()
+    opt = Adam({key: np.ones(2)})
+    with refused(TypeError, r"^grad for params\[<\\ud800>\] is of type int", opt):
+        opt.step({key: 3})
+    with refused(ValueError, r"without the key <\\ud800>", opt):
+        opt.step({"w": None})
+    opt.param_groups[0]["lr"] = key
+    with refused(TypeError, r"^param_groups\[0\]\['lr'\] must be a number, got <\\ud800> of type", opt):
+        opt.step({key: np.ones(2)})
 
 
 def test_state_that_is_kept_knows_groups_that_come_later() -> None:

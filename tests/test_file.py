@@ -15,6 +15,7 @@ import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_saved_again_it_is_the_same_file(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("step", [0, 1, 2**31, 2**53 - 3])
+@pytest.mark.parametrize("step", [0, 1, 2**31, 2**53 - 2, 2**53 + 1, 2**62])
 def test_huge_step_counts(tmp_path: pathlib.Path, step: int) -> None:
     opt = small()
     saved = opt.state_dict()
@@ -178,6 +179,7 @@ DEEP.append(DEEP)
             float("nan"),
             float("inf"),
             b"x",
+            "\ud83d\ude00",
             np.ones(3),
             {1: 2},
             [[{"a": {2: 3}}]],
@@ -664,6 +666,33 @@ def test_another_model(tmp_path: pathlib.Path, case: str) -> None:
     Adam(saved).save(path)
     with pytest.raises(CheckpointError, match="^" + re.escape(f"{path}: ") + ".*" + re.escape(message)):
         Adam.load(path, given)
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        ({"a.b": 1, "a": {"b": 2}}, {"a": {"b": 2}, "a.b": 1}),
+        ({1: 1, "1": 2}, {"1": 2, 1: 1}),
+    ],
+)
+def test_ambiguous_names(tmp_path: pathlib.Path, saved: Any, given: Any) -> None:
+    make = partial(map_tree, lambda value: np.full(2, float(value)))
+    opt = Adam(make(saved))
+    opt.step(make(saved))
+    opt.save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="its parameters have another order: number 0 is "):
+        Adam.load(tmp_path / "a", make(given))
+    assert_same_state(Adam.load(tmp_path / "a", make(saved)), opt)
+
+
+def test_keys_of_any_text(tmp_path: pathlib.Path) -> None:
+    params = {"\ud800": np.ones(2), "\ud83d\ude00": np.ones(3), "😀": np.ones(4)}
+    opt = Adam(params)
+    train(opt, params, [1])
+    opt.save(tmp_path / "a")
+    assert_same_state(Adam.load(tmp_path / "a", params), opt)
+    with pytest.raises(CheckpointError, match=r"parameter .*\\ud800.* is float64 of shape \(1,\)"):
+        Adam.load(tmp_path / "a", {**params, "\ud800": np.ones(1)})
 
 
 def test_names_matter_only_where_both_have_them(tmp_path: pathlib.Path) -> None:

@@ -1012,7 +1012,7 @@ def state_rows() -> Iterator[Row]:
     ]
     for step, error in itertools.chain(
         zip(
-            (-1, 0.5, NAN, INF, 2**53 + 1, np.array(-1), np.float32(0.1), Fraction(5, 2)),
+            (-1, 0.5, NAN, INF, 2**62 + 1, np.array(-1), np.float32(0.1), Fraction(5, 2)),
             [ValueError] * 8,
             strict=True,
         ),

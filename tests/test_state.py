@@ -7,6 +7,7 @@ import pickle
 import re
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,9 @@ def small(steps: int = 3, **options: Any) -> Adam:
 
 
 @pytest.mark.parametrize(
-    "step", [3, 3.0, np.int32(3), np.float32(3), np.array(3), np.array(3.0), 0, 2**53, float(2**53)], ids=repr
+    "step",
+    [3, 3.0, np.int32(3), np.float32(3), np.array(3), np.array(3.0), 0, 2**53 + 1, float(2**53), 2**62],
+    ids=repr,
 )
 def test_step_of_any_kind_of_number(step: Any) -> None:
     opt, saved = small(), small().state_dict()
@@ -175,6 +178,31 @@ def test_step_of_any_kind_of_number(step: Any) -> None:
     opt.load_state_dict(saved)
     assert [entry["step"] for entry in opt.state.values()] == [3, int(step), 3]
     assert type(opt.state[1]["step"]) is int
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        ({"a.b": 1, "a": {"b": 2}}, {"a": {"b": 2}, "a.b": 1}),
+        ({1: 1, "1": 2}, {"1": 2, 1: 1}),
+    ],
+)
+def test_ambiguous_names_in_another_order(saved: Any, given: Any) -> None:
+    make = partial(map_tree, lambda value: np.full(2, float(value)))
+    opt, twin = Adam(make(saved)), Adam(make(given))
+    opt.step(make(saved))
+    with refused(ValueError, r"its parameter 0 is named .*, here it is ", twin):
+        twin.load_state_dict(opt.state_dict())
+
+
+def test_names_that_do_not_tell_apart() -> None:
+    opt = Adam({"v": np.ones(2), "w": np.ones(2)})
+    checkpoint = opt.state_dict()
+    checkpoint["param_groups"][0]["param_names"] = ["w", "w"]
+    with refused(ValueError, r"\['param_names'\] has 'w' twice, so that nobody knows which is which", opt):
+        opt.load_state_dict(checkpoint)
+    del checkpoint["param_groups"][0]["param_names"]  # as the message says
+    opt.load_state_dict(checkpoint)
 
 
 @pytest.mark.parametrize("how", ["no-entry", "empty-entry"])
@@ -358,7 +386,20 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     },
     **{
         f"step={step!r}": (entry(step=step), ValueError, f"{ENTRY}['step'] must be a whole number >= 0")
-        for step in (-1, -1.0, 0.5, NAN, INF, -INF, 2**53 + 1, 2**70, 1e300, np.float32(1.5), np.array(-1))
+        for step in (
+            -1,
+            -1.0,
+            0.5,
+            NAN,
+            INF,
+            -INF,
+            2**62 + 1,
+            2.0**53 + 2,
+            2**70,
+            1e300,
+            np.float32(1.5),
+            np.array(-1),
+        )
     },
     **{
         f"{name}={id}": (entry(**{name: value}), TypeError, f"{ENTRY}['{name}'] must be an array")
@@ -590,3 +631,16 @@ def test_shallow_copy_leaves_the_original_alone() -> None:
     copy.copy(opt)
     before.assert_unchanged()
     opt.step([np.ones(3)])
+
+
+def test_step_counts_that_pass_what_a_float_holds() -> None:
+    """What a state_dict has must load, here as in files: counts are integers at any size."""
+    opt = small(0)
+    saved = opt.state_dict()
+    for entry in saved["state"].values():
+        entry["step"] = 2**53
+    opt.load_state_dict(saved)
+    train(opt, opt.grads, [1, 2])
+    twin = small(0)
+    twin.load_state_dict(opt.state_dict())
+    assert [entry["step"] for entry in twin.state.values()] == [2**53 + 2] * 3

@@ -2,6 +2,8 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include "text.hpp"
+
 namespace fused_adam {
 namespace {
 
@@ -21,8 +23,6 @@ std::string shape_text(const ArrayFacts& facts) {
 }
 
 const char* dtype_name(DType dtype) { return dtype == kFloat32 ? "float32" : "float64"; }
-
-std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
 
 std::string type_name(py::handle object) {
   py::handle type = py::type::handle_of(object);

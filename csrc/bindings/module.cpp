@@ -9,6 +9,7 @@
 #include "memory.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
+#include "text.hpp"
 
 namespace fused_adam {
 namespace {
@@ -49,7 +50,14 @@ void bind(py::module_& m) {
       .def("unflatten",
            py::overload_cast<const std::vector<py::object>&>(&Structure::unflatten, py::const_),
            py::arg("leaves"))
-      .def_property_readonly("names", &Structure::names)
+      .def_property_readonly("names",
+                             [](const Structure& structure) {
+                               py::list names;
+                               for (const std::string& name : structure.names()) {
+                                 names.append(decoded(name));
+                               }
+                               return names;
+                             })
       .def_property_readonly("named", &Structure::named);
 
   py::class_<Optimizer>(m, "Optimizer")
@@ -65,6 +73,7 @@ void bind(py::module_& m) {
       .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"))
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
+      .def("all_state", &Optimizer::all_state)
       .def("set_step", &Optimizer::set_step, py::arg("index"), py::arg("step"))
       .def("make_max_exp_avg_sq", &Optimizer::make_max_exp_avg_sq, py::arg("indices"))
       .def("__enter__", &Optimizer::enter)

@@ -371,4 +371,20 @@ py::dict Optimizer::state(size_t index) const {
   return state;
 }
 
+py::dict Optimizer::all_state() const {
+  py::list steps, exp_avgs, exp_avg_sqs, max_exp_avg_sqs;
+  for (const Slot& slot : slots_) {
+    steps.append(slot.step);
+    exp_avgs.append(slot.exp_avg);
+    exp_avg_sqs.append(slot.exp_avg_sq);
+    max_exp_avg_sqs.append(slot.max_exp_avg_sq ? slot.max_exp_avg_sq : py::none());
+  }
+  py::dict state;
+  state["step"] = steps;
+  state["exp_avg"] = exp_avgs;
+  state["exp_avg_sq"] = exp_avg_sqs;
+  state["max_exp_avg_sq"] = max_exp_avg_sqs;
+  return state;
+}
+
 }  // namespace fused_adam

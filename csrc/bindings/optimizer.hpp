@@ -54,7 +54,10 @@ class Optimizer {
   const char* isa() const { return isa_.name; }
   // {"step": int, "exp_avg": array, ...}, with views of the moments.
   py::dict state(size_t index) const;
-  // The next two need exclusive use.
+  // {"step": [int, ...], "exp_avg": [array, ...], ...}: the same of all parameters at once, for our
+  // own use, as the arrays are the optimizer's own. None where one has no such stream.
+  py::dict all_state() const;
+  // These two and all_state() need exclusive use.
   void set_step(size_t index, int64_t step) { slots_.at(index).step = step; }
   // Makes the stream that amsgrad needs for all of these, where there is none yet, or for none.
   void make_max_exp_avg_sq(const std::vector<size_t>& indices);

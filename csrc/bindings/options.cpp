@@ -4,23 +4,22 @@
 #include <cstring>
 
 #include "containers.hpp"
+#include "text.hpp"
 
 namespace fused_adam {
 namespace {
 
 std::string place(const std::string& where, py::handle key) {
-  if (where.empty()) return py::str(key).cast<std::string>();
-  return where + "[" + py::repr(key).cast<std::string>() + "]";
+  if (where.empty()) return text(key);
+  return where + "[" + repr_text(key) + "]";
 }
 
 [[noreturn]] void refuse(const std::string& where, const char* expected, py::handle found) {
-  throw py::value_error(where + " must be " + expected + ", got " +
-                        py::repr(found).cast<std::string>() + ".");
+  throw py::value_error(where + " must be " + expected + ", got " + repr_text(found) + ".");
 }
 
 [[noreturn]] void refuse_type(const std::string& where, const char* expected, py::handle found) {
-  throw py::type_error(where + " must be " + expected + ", got " +
-                       py::repr(found).cast<std::string>() + " of type " +
+  throw py::type_error(where + " must be " + expected + ", got " + repr_text(found) + " of type " +
                        std::string(Py_TYPE(found.ptr())->tp_name) + ".");
 }
 

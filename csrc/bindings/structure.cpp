@@ -1,11 +1,14 @@
 #include "structure.hpp"
 
+#include <algorithm>
+#include <string_view>
+#include <unordered_set>
+
 #include "containers.hpp"
+#include "text.hpp"
 
 namespace fused_adam {
 namespace {
-
-std::string repr_text(py::handle object) { return py::repr(object).cast<std::string>(); }
 
 std::string index_text(size_t i) { return "[" + std::to_string(i) + "]"; }
 
@@ -27,6 +30,27 @@ py::object as_sequence(py::handle tree) {
                      : py::reinterpret_borrow<py::object>(tree);
 }
 
+// Both halves of a surrogate pair, next to each other: JSON, as in a file, makes one character of
+// them.
+bool has_split_pair(const std::string& exact) {
+  const auto is_half = [&](size_t i, char kind) {
+    return exact[i] == '\xED' && (exact[i + 1] & '\xF0') == kind;
+  };
+  for (size_t i = 0; i + 6 <= exact.size(); ++i) {
+    if (is_half(i, '\xA0') && is_half(i + 3, '\xB0')) return true;
+  }
+  return false;
+}
+
+// Null where all are different.
+const std::string* first_repeated(const std::vector<std::string>& texts) {
+  std::unordered_set<std::string_view> seen;
+  for (const std::string& text : texts) {
+    if (!seen.insert(text).second) return &text;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 // Where flatten stands: a chain over the stack, rendered only for a message.
@@ -42,7 +66,18 @@ struct Structure::Trail {
   }
 };
 
-Structure::Structure(const py::object& params) { top_ = build(as_sequence(params), "", ""); }
+Structure::Structure(const py::object& params) {
+  top_ = build(as_sequence(params), "", "");
+  if (!named_) return;
+  const bool is_odd = std::any_of(names_.begin(), names_.end(), has_split_pair);
+  if (!is_odd && first_repeated(names_) == nullptr) return;
+  names_ = paths_;
+  if (const std::string* path = first_repeated(paths_)) {
+    throw py::value_error("two parameters are at params" + *path +
+                          ": their keys are different, but have the same repr, and could not be "
+                          "told apart in a checkpoint. Use other keys.");
+  }
+}
 
 Structure::Node Structure::build(const py::object& tree, const std::string& path,
                                  const std::string& name) {
@@ -59,8 +94,8 @@ Structure::Node Structure::build(const py::object& tree, const std::string& path
       const py::object item = sequence_item(items, i);
       const py::object key = sequence_item(item, 0), value = sequence_item(item, 1);
       node.keys.push_back(key);
-      node.children.push_back(build(value, path + "[" + repr_text(key) + "]",
-                                    prefix + py::str(key).cast<std::string>()));
+      node.children.push_back(
+          build(value, path + "[" + repr_text(key) + "]", prefix + exact_text(key)));
     }
   } else if (is_sequence(tree)) {
     node.kind = PyList_Check(tree.ptr()) ? Node::kList : Node::kTuple;

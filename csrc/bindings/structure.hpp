@@ -29,7 +29,9 @@ class Structure {
   const std::vector<py::object>& leaves() const { return leaves_; }
   // "['encoder'][0]": what has to follow params in Python to get at a leaf; "" for a lone array.
   const std::vector<std::string>& paths() const { return paths_; }
-  // "encoder.0"; "" for a lone array.
+  // "encoder.0", or the paths of all leaves where two would share such a name, as in {"a.b": x,
+  // "a": {"b": y}}, or one would not survive JSON. No two are equal. To be decoded(): keys may be
+  // any text.
   const std::vector<std::string>& names() const { return names_; }
   // Does a dict take part? Only then are the names more than numbers.
   bool named() const { return named_; }

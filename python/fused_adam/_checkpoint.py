@@ -13,9 +13,10 @@ from fused_adam import _core
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-MAX_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
+MAX_STEP = 2**62  # of an int64, which leaves as many steps to go
+_MAX_FLOAT_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
-Names = list[list[str] | None]  # for each group: the dotted names of its parameters, if it has any
+Names = list[list[str] | None]  # for each group: the names of its parameters, if it has any; all different
 Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
 
 
@@ -128,6 +129,12 @@ def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> li
     if names is not None and saved_names is not None:
         _require(_is_list(saved_names), f"{where}['param_names'] must be a list", TypeError)
         _require(len(saved_names) == count, f"{where} has {len(saved_names)} names for {count} parameters")
+        twice = repeated(saved_names)
+        _require(
+            twice is None,
+            f"{where}['param_names'] has {twice!r} twice, so that nobody knows which is which. Where their "
+            "order is that of here, remove 'param_names'",
+        )
         for index, (found, name) in enumerate(zip(saved_names, names, strict=True)):
             _require(found == name, f"{where}: its parameter {index} is named {found!r}, here it is {name!r}")
     return list(ids)
@@ -153,8 +160,9 @@ def _read_step(value: Any, where: str) -> int:
     value = plain(value)
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     _require(is_number, f"{where} must be a number, got {value!r}", TypeError)
-    is_count = 0 <= value <= MAX_STEP and value == int(value)
-    _require(is_count, f"{where} must be a whole number >= 0, got {value!r}")
+    limit = MAX_STEP if isinstance(value, (int, np.integer)) else _MAX_FLOAT_STEP
+    is_count = 0 <= value <= limit and value == int(value)
+    _require(is_count, f"{where} must be a whole number >= 0 and <= {limit}, got {value!r}")
     return int(value)
 
 
@@ -183,6 +191,16 @@ def plain(value: Any) -> Any:
         return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
     is_scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
     return value.item() if is_scalar else value
+
+
+def repeated(names: Iterable[Any]) -> str | None:
+    """The first name that another parameter has too, as up to format 1 of the files was possible."""
+    seen: set[str] = set()
+    for name in names:
+        if isinstance(name, str) and name in seen:
+            return name
+        seen.update([name] if isinstance(name, str) else [])
+    return None
 
 
 def _all_hashable(values: Iterable[Any]) -> bool:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import compress
 from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
@@ -28,20 +31,27 @@ from fused_adam._file_header import (
     Refusal,
     Tensors,
     as_json,
-    entries_of,
-    header_bytes,
+    crc32_template,
+    entries_in,
     header_room,
+    header_text,
     read_header,
     refuse,
     require,
+    seal,
     shown,
+    table_of,
 )
 from fused_adam._replace import Writer, open_at_once, replacing
 
+Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
 
 _BLOCK: Final = 1 << 20  # bytes that are hashed and written at a time, out of a cache
+_BUFFER: Final = _BLOCK // 2  # where they are copied first
+_SMALL: Final = 1 << 14  # bytes up to which arrays share a block: a call of the system costs as much as 4 kB
 _REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
+_IS_NATIVE: Final = sys.byteorder == "little"
 
 
 def save(
@@ -52,20 +62,21 @@ def save(
     progress: Progress | None,
     defaults: Mapping[str, Any],
 ) -> None:
-    live = [core.state(i) for i in range(len(core))]
-    tensors = {"step": np.array([entry["step"] for entry in live], np.int64), **_moments(live)}
+    state = core.all_state()
+    tensors = _tensors(np.array(state["step"], np.int64), state)
     saved = _checkpoint.saved_groups(groups, names)
     _core.check_options({**defaults}, "defaults")  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
-        "param_groups": json.dumps([as_json(group, f"param_groups[{i}]") for i, group in enumerate(saved)]),
+        "param_groups": json.dumps([_group_as_json(group, i) for i, group in enumerate(saved)]),
         "defaults": json.dumps(as_json(defaults, "defaults")),
     }
     # Checksums are known once the arrays are written. Until then, zeros keep their place.
-    checksums = dict.fromkeys(tensors, 0)
-    header = header_bytes(metadata, tensors, checksums)
+    table = table_of(tensors)
+    crc32 = crc32_template(tensors.names)
+    header = header_text(metadata, crc32 % ((0,) * len(tensors.names)), table)
     room = header_room(len(core))
     if len(header) > room:
         raise ValueError(
@@ -75,12 +86,12 @@ def save(
     counter = _Counter(tensors, progress)
     with replacing(path) as file, Writer(file, path) as writer:
         writer.write(header)
-        for name, array in tensors.items():
-            for block in _blocks(array, "readonly"):
-                checksums[name] = writer.write_hashed(block.data, checksums[name])
-                counter.add(block.nbytes)
+        checksums: list[int] = []
+        for run in _runs(tensors.arrays):
+            write = _write_small if len(run) > 1 else _write_one
+            checksums += write(writer, counter, *run)
         file.seek(0)
-        writer.write(header_bytes(metadata, tensors, checksums))
+        writer.write(seal(header_text(metadata, crc32 % tuple(checksums), table)))
 
 
 def load(
@@ -119,27 +130,27 @@ def _load(
     _check_options(new_defaults, "defaults")
 
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
-    maxima = [i for i in range(len(core)) if f"state.{i}.max_exp_avg_sq" in saved.entries]
-    core.make_max_exp_avg_sq(maxima)
-    live = [core.state(i) for i in range(len(core))]
-    for i in set(range(len(core))).difference(maxima):
-        live[i].pop("max_exp_avg_sq", None)
-    steps = np.zeros(len(live), np.int64)
-    tensors = {"step": steps, **_moments(live)}
-    labels = _labels(names, groups)
-    _require_layout(file, saved, tensors, live, labels)
+    has_maximum = [f"state.{i}.max_exp_avg_sq" in saved.checksums for i in range(len(core))]
+    core.make_max_exp_avg_sq([i for i, has in enumerate(has_maximum) if has])
+    state = core.all_state()
+    maxima = zip(state["max_exp_avg_sq"], has_maximum, strict=True)
+    state["max_exp_avg_sq"] = [maximum if has else None for maximum, has in maxima]
+    steps = np.zeros(len(core), np.int64)
+    tensors = _tensors(steps, state)
+    label = partial(_label, names, groups)
+    _require_layout(file, saved, tensors, label)
 
     counter = _Counter(tensors, progress)
-    for name, array in tensors.items():
-        checksum = 0
-        for block in _blocks(array, "writeonly"):
-            _read_into(file, block)
-            checksum = zlib.crc32(block.data, checksum)
-            counter.add(block.nbytes)
-        if checksum != saved.checksums[name]:
-            refuse(f"it is damaged: {_what(name, labels)} has another checksum. {DAMAGED}")
-    for label, step in zip(labels, steps.tolist(), strict=True):
-        require(0 <= step <= _checkpoint.MAX_STEP, f"the step count of {label} is {step}. {DAMAGED}")
+    unread = iter(tensors.names)
+    for run in _runs(tensors.arrays):
+        read = _read_small if len(run) > 1 else _read_one
+        for checksum in read(file, counter, *run):
+            name = next(unread)
+            if checksum != saved.checksums[name]:
+                refuse(f"it is damaged: {_what(name, label)} has another checksum. {DAMAGED}")
+    for index, step in enumerate(steps.tolist()):
+        if not 0 <= step <= _checkpoint.MAX_STEP:
+            refuse(f"the step count of {label(index)} is {step}. {DAMAGED}")
     for index, step in enumerate(steps.tolist()):
         core.set_step(index, step)
     for group, new in zip(groups, options, strict=True):
@@ -147,34 +158,106 @@ def _load(
     defaults.update(new_defaults)
 
 
-def _moments(live: list[_checkpoint.Entry]) -> Tensors:
+def _tensors(steps: npt.NDArray[np.int64], state: dict[str, list[Any]]) -> Tensors:
     """The arrays of all parameters; those of float64 first, so that all are aligned in the file."""
-    moments = {
-        f"state.{i}.{key}": array
-        for i, entry in enumerate(live)
-        for key, array in entry.items()
-        if key != "step"
-    }
-    return dict(sorted(moments.items(), key=lambda item: -item[1].itemsize))
+    keys = [key for key in state if key != "step"]
+    all_names = [f"state.{i}.{key}" for i in range(len(steps)) for key in keys]
+    all_arrays = [array for row in zip(*(state[key] for key in keys), strict=True) for array in row]
+    names, arrays = ["step"], [steps]
+    for size in sorted({array.itemsize for array in all_arrays if array is not None}, reverse=True):
+        is_next = [array is not None and array.itemsize == size for array in all_arrays]
+        names += compress(all_names, is_next)
+        arrays += compress(all_arrays, is_next)
+    return Tensors(names, arrays)
 
 
-def _blocks(array: npt.NDArray[Any], access: str) -> Iterator[npt.NDArray[Any]]:
-    """The elements in C order, some at a time: views, or a buffer where the array is in Fortran order."""
-    flags = ["external_loop", "buffered", "zerosize_ok"]
-    little_endian = array.dtype.newbyteorder("<")  # as in the file, on any machine
+def _group_as_json(group: dict[str, Any], i: int) -> dict[str, Any]:
+    ours: dict[str, Any] = {key: group[key] for key in ("params", "param_names") if key in group}
+    options = {key: value for key, value in group.items() if key not in ours}
+    return {**as_json(options, f"param_groups[{i}]"), **ours}  # ours are long, and nobody's to edit
+
+
+# --- Arrays and bytes: those of the file are little-endian, in C order --------------------------------
+
+
+def _runs(arrays: list[Array]) -> Iterator[list[Array]]:
+    """Neighbours: small arrays that fit into one block, or a single array."""
+    begin = size = 0
+    for k, array in enumerate(arrays):
+        weight = max(array.nbytes, 1) if array.nbytes <= _SMALL else _BLOCK
+        if size + weight > _BLOCK:
+            yield arrays[begin:k]
+            begin, size = k, 0
+        size += weight
+    yield arrays[begin:]
+
+
+def _write_small(writer: Writer, counter: _Counter, *run: Array) -> list[int]:
+    parts = [(array if _IS_NATIVE else array.byteswap()).tobytes() for array in run]
+    block = b"".join(parts)
+    writer.write(block)
+    counter.add(len(block))
+    return [zlib.crc32(part) for part in parts]
+
+
+def _write_one(writer: Writer, counter: _Counter, array: Array) -> list[int]:
+    checksum = 0
+    for block in _blocks(array):
+        checksum = writer.write_hashed(block, checksum)
+        counter.add(len(block))
+    return [checksum]
+
+
+def _read_small(file: BinaryIO, counter: _Counter, *run: Array) -> list[int]:
+    block = np.empty(sum(array.nbytes for array in run), np.uint8)
+    _read_into(file, block)
+    checksums = []
+    end = 0
+    for array in run:
+        begin, end = end, end + array.nbytes
+        part = block[begin:end]
+        checksums.append(zlib.crc32(part.data))
+        if array.size:
+            array.flat[:] = part.view(array.dtype.newbyteorder("<"))
+    counter.add(block.nbytes)
+    return checksums
+
+
+def _read_one(file: BinaryIO, counter: _Counter, array: Array) -> list[int]:
+    checksum = 0
+    for block in _elements(array, "writeonly"):
+        _read_into(file, block)
+        checksum = zlib.crc32(block.data, checksum)
+        counter.add(block.nbytes)
+    return [checksum]
+
+
+def _blocks(array: Array) -> Iterator[bytes | memoryview]:
+    """Some elements at a time. Whoever holds a block keeps its memory: no buffer that ends with the loop."""
+    if array.flags.c_contiguous and _IS_NATIVE:
+        data = array.reshape(-1).view(np.uint8).data
+        for begin in range(0, len(data), _BLOCK):
+            yield data[begin : begin + _BLOCK]
+    else:
+        for elements in _elements(array, "readonly"):
+            yield elements.tobytes()
+
+
+def _elements(array: Array, access: str) -> Iterator[Array]:
+    """Some at a time: views, or a buffer that lives until the next ones where the order is another."""
     with np.nditer(  # type: ignore[call-overload]  # "contig" is missing from the stubs
         array,
-        flags,
+        ["external_loop", "buffered", "zerosize_ok"],
         [[access, "contig"]],  # without it, a long axis comes as a strided view
-        [little_endian],
+        [array.dtype.newbyteorder("<")],
         order="C",
         casting="equiv",
-        buffersize=_BLOCK // array.itemsize,
-    ) as blocks:
-        yield from blocks
+        buffersize=_BUFFER // array.itemsize,
+    ) as elements:
+        yield from elements
 
 
-def _read_into(file: BinaryIO, block: npt.NDArray[Any]) -> None:
+def _read_into(file: BinaryIO, block: Array) -> None:
     try:
         count = file.readinto(block.data)  # type: ignore[attr-defined]
     except OSError as error:
@@ -187,7 +270,7 @@ class _Counter:
 
     def __init__(self, tensors: Tensors, progress: Progress | None) -> None:
         self._progress = progress
-        self._total = sum(array.nbytes for array in tensors.values())
+        self._total = sum(array.nbytes for array in tensors.arrays)
         self._done = 0
         self._reported = 0
 
@@ -202,21 +285,22 @@ class _Counter:
 # --- What the file has to have for these parameters --------------------------------------------------
 
 
-def _labels(names: _checkpoint.Names, groups: list[dict[str, Any]]) -> list[str]:
-    """How messages call the parameters: by the names that the user knows, where there are any."""
-    labels = []
-    for i, (group_names, group) in enumerate(zip(names, groups, strict=True)):
-        for k in range(len(group["params"])):
-            label = f"parameter {k}" if group_names is None else f"parameter {group_names[k]!r}"
-            labels.append(label + (f" of param_groups[{i}]" if len(groups) > 1 else ""))
-    return labels
+def _label(names: _checkpoint.Names, groups: list[dict[str, Any]], index: int) -> str:
+    """How messages call a parameter: by the name that the user knows, where there is one."""
+    i = 0
+    while index >= len(groups[i]["params"]):
+        index -= len(groups[i]["params"])
+        i += 1
+    group_names = names[i]
+    label = f"parameter {index}" if group_names is None else f"parameter {group_names[index]!r}"
+    return label + (f" of param_groups[{i}]" if len(groups) > 1 else "")
 
 
-def _what(tensor: str, labels: list[str]) -> str:
+def _what(tensor: str, label: Callable[[int], str]) -> str:
     if tensor == "step":
         return "the array of step counts"
     _, index, moment = tensor.split(".")
-    return f"{moment} of {labels[int(index)]}"
+    return f"{moment} of {label(int(index))}"
 
 
 def _read_groups(
@@ -243,7 +327,7 @@ def _read_groups(
             len(ids) == size,
             f"it has {len(ids)} parameters{here}, but params has {size} there: it is of another model",
         )
-        if json.dumps(ids) != json.dumps(list(range(first, first + size))):
+        if ids != list(range(first, first + size)) or not all(type(id) is int for id in ids):
             refuse(NO_CHECKPOINT)
         first += size
         not_options = {"params", "param_names", *_checkpoint.TORCH_FLAGS}
@@ -255,6 +339,13 @@ def _read_groups(
 def _require_names(saved: list[Any], given: list[str], here: str) -> None:
     if saved == given:
         return
+    twice = _checkpoint.repeated(saved)
+    if twice is not None:
+        refuse(
+            f"it has two parameters named {shown(twice)}{here}, as an earlier version of fused-adam named "
+            "them, so that nobody knows which is which. Load it for a list of the arrays in the order that "
+            "they had: then their order decides",
+        )
     if sorted(map(str, saved)) == sorted(given):
         k = next(k for k, name in enumerate(given) if saved[k] != name)
         refuse(
@@ -280,28 +371,36 @@ def _check_options(options: dict[str, Any], where: str) -> None:
         refuse(f"it holds options that no optimizer has: {error} {DAMAGED}")
 
 
-def _require_layout(
-    file: BinaryIO, saved: Header, tensors: Tensors, live: list[_checkpoint.Entry], labels: list[str]
+def _require_layout(file: BinaryIO, saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
+    table = table_of(tensors)
+    if saved.table != table or list(saved.checksums) != tensors.names:
+        _require_entries(saved, tensors, entries_in(table), label)
+    size = saved.size + sum(array.nbytes for array in tensors.arrays)
+    found_size = os.fstat(file.fileno()).st_size
+    problem = "is cut off" if found_size < size else "has something appended"
+    require(found_size == size, f"it {problem}: it has {found_size} bytes instead of {size}. {DAMAGED}")
+
+
+def _require_entries(
+    saved: Header, tensors: Tensors, expected: dict[str, Any], label: Callable[[int], str]
 ) -> None:
-    expected = entries_of(tensors)
+    entries = entries_in(saved.table)
     dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
-    for i, (entry, label) in enumerate(zip(live, labels, strict=True)):
-        found, like = saved.entries.get(f"state.{i}.exp_avg"), entry["exp_avg"]
+    for name, like in zip(*tensors, strict=True):
+        if not name.endswith(".exp_avg"):
+            continue
+        found = entries.get(name)
         if not isinstance(found, dict) or not isinstance(found.get("shape"), list):
             refuse(NO_CHECKPOINT)
         shape, dtype = found["shape"], dtypes.get(str(found.get("dtype")), "an unknown dtype")
         if shape != list(like.shape) or dtype != str(like.dtype):
             refuse(
-                f"{label} is {like.dtype} of shape {like.shape}, but {dtype} of shape "
-                f"({shown(shape)[1:-1]}{',' * (len(shape) == 1)}) in the file: it is of another model"
+                f"{label(int(name.split('.')[1]))} is {like.dtype} of shape {like.shape}, but {dtype} of "
+                f"shape ({shown(shape)[1:-1]}{',' * (len(shape) == 1)}) in the file: it is of another model"
             )
     # From here on, only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
     for name, wanted in expected.items():
-        same = json.dumps(saved.entries.get(name), sort_keys=True) == json.dumps(wanted, sort_keys=True)
-        require(same and name in saved.checksums, f"its table is wrong at {_what(name, labels)}. {DAMAGED}")
-    unknown = sorted((saved.entries.keys() | saved.checksums.keys()) - expected.keys())
+        same = json.dumps(entries.get(name), sort_keys=True) == json.dumps(wanted, sort_keys=True)
+        require(same and name in saved.checksums, f"its table is wrong at {_what(name, label)}. {DAMAGED}")
+    unknown = sorted((entries.keys() | saved.checksums.keys()) - expected.keys())
     require(not unknown, f"it has arrays that are not Adam's: {shown(unknown[:3])}. {DAMAGED}")
-    size = saved.size + sum(array.nbytes for array in tensors.values())
-    found_size = os.fstat(file.fileno()).st_size
-    problem = "is cut off" if found_size < size else "has something appended"
-    require(found_size == size, f"it {problem}: it has {found_size} bytes instead of {size}. {DAMAGED}")

@@ -7,17 +7,47 @@ import re
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from _thread import start_new_thread
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar, cast
 
 if sys.platform != "win32":
     import fcntl
 
+T = TypeVar("T")
+
 _HASHED_ASIDE = 1 << 18  # bytes from which on a second thread saves time
 _FLUSHED_EARLY = 1 << 25  # bytes that are handed to the disk while the next ones are hashed
+
+
+class _Aside(Generic[T]):
+    """A call in a thread of its own, for functions that leave the GIL alone.
+
+    The thread ends by itself and holds what it was given, so that an interruption may come at any moment,
+    and again: it leaves nothing to end, to join or to free. A ThreadPoolExecutor has locks that stay locked
+    then: one in 300 interrupted saves left the process unable to start a thread, or to exit.
+    """
+
+    def __init__(self, function: Callable[..., T], *args: object) -> None:
+        self._answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+        start_new_thread(_answer_to, (self._answer, function, args))
+
+    def result(self) -> T:
+        value, error = self._answer.get()
+        if error is not None:
+            raise error
+        return cast(T, value)
+
+
+def _answer_to(answer: SimpleQueue[Any], function: Callable[..., object], args: tuple[object, ...]) -> None:
+    try:
+        answer.put((function(*args), None))
+    except BaseException as error:
+        answer.put((None, error))
 
 
 class Writer:
@@ -25,15 +55,13 @@ class Writer:
 
     def __init__(self, file: FileIO, path: str | os.PathLike[str]) -> None:
         self._file, self._path = file, path
-        self._pool = ThreadPoolExecutor(2)  # one to flush, one to hash; they start when they are needed
-        self._flush: Future[None] | None = None
+        self._flush: _Aside[None] | None = None
         self._unflushed = 0
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, error: object, *args: object) -> None:
-        self._pool.shutdown()
         if error is None:
             self._wait()
 
@@ -47,19 +75,19 @@ class Writer:
             self._unflushed = 0
             self._wait()
             with suppress(RuntimeError):  # at the exit of the interpreter there are no new threads
-                self._flush = self._pool.submit(os.fsync, self._file.fileno())
+                self._flush = _Aside(_flush, self._file)
 
-    def write_hashed(self, data: memoryview, checksum: int) -> int:
-        """Write, and hash meanwhile: both take about as long, and neither needs the GIL."""
-        hashed: Future[int] | None = None
-        if data.nbytes >= _HASHED_ASIDE:
+    def write_hashed(self, data: bytes | memoryview, checksum: int) -> int:
+        """Write, and hash meanwhile: both take about as long, and neither needs the GIL.
+
+        An interruption may leave the hashing behind, which needs the memory until it is done: data must
+        own it, as bytes do and views of arrays.
+        """
+        hashed: _Aside[int] | None = None
+        if len(data) >= _HASHED_ASIDE:
             with suppress(RuntimeError):  # as above
-                hashed = self._pool.submit(zlib.crc32, data, checksum)
-        try:
-            self.write(data)
-        finally:
-            if hashed is not None:
-                wait([hashed])  # also where the write fails: the memory is free to be reused then
+                hashed = _Aside(zlib.crc32, data, checksum)
+        self.write(data)
         return zlib.crc32(data, checksum) if hashed is None else hashed.result()
 
     def _wait(self) -> None:
@@ -123,7 +151,10 @@ def _new_temporary(target: Path) -> FileIO:
 
 def _stem(target: Path) -> str:
     """The name of the target, shortened where the longer one of a temporary file would be too long."""
-    return os.fsdecode(os.fsencode(target.name)[:200].decode(errors="ignore"))
+    name = target.name
+    while len(os.fsencode(name)) > 200:
+        name = name[:-1]
+    return name
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -159,8 +190,12 @@ def open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def _flush(file: FileIO) -> None:
+    os.fsync(file.fileno())  # an error where an interruption has closed it, and no other file is flushed
+
+
 def _flush_to_disk(file: FileIO) -> None:
-    os.fsync(file.fileno())
+    _flush(file)
     if sys.platform == "darwin":  # where fsync stops at the cache of the disk
         with suppress(OSError):
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
