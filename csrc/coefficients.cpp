@@ -43,8 +43,17 @@ double power(double base, int64_t exponent) {
   return result.high;
 }
 
+// PyTorch's lerp computes start + weight * (end - start) from the nearer of the two ends, as the
+// narrowed weight says; from the far one, with weight - 1 instead, which is exact here.
 template <class T>
-StepCoefficients<T> narrow(const Coefficients<double>& k) {
+bool lerp_from_end(T& weight) {
+  if (weight < T(0.5)) return false;
+  weight -= T(1);
+  return true;
+}
+
+template <class T>
+StepCoefficients<T> narrow(const Coefficients<double>& k, double ema_weight) {
   StepCoefficients<T> out;
   out.k.grad_sign = static_cast<T>(k.grad_sign);
   out.k.l2_decay = static_cast<T>(k.l2_decay);
@@ -56,9 +65,9 @@ StepCoefficients<T> narrow(const Coefficients<double>& k) {
   out.k.reciprocal_sqrt_correction2 = T(1) / -out.k.neg_sqrt_correction2;
   out.k.eps = static_cast<T>(k.eps);
   out.k.neg_step_size = static_cast<T>(k.neg_step_size);
-  // PyTorch's lerp decides by the narrowed weight; subtracting 1 from it is exact here.
-  out.lerp_from_grad = out.k.lerp_weight >= T(0.5);
-  if (out.lerp_from_grad) out.k.lerp_weight -= T(1);
+  out.ema_weight = static_cast<T>(ema_weight);
+  out.lerp_from_grad = lerp_from_end(out.k.lerp_weight);
+  out.ema_from_param = lerp_from_end(out.ema_weight);
   return out;
 }
 
@@ -78,7 +87,8 @@ CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   k.neg_sqrt_correction2 = -std::sqrt(1.0 - power(hyper.beta2, step));
   k.eps = hyper.eps;
   k.neg_step_size = -hyper.lr / (1.0 - power(hyper.beta1, step));
-  return {narrow<float>(k), narrow<double>(k)};
+  const double ema_weight = hyper.keeps_ema() ? 1.0 - hyper.ema_decay : 0.0;
+  return {narrow<float>(k, ema_weight), narrow<double>(k, ema_weight)};
 }
 
 }  // namespace fused_adam

@@ -9,16 +9,22 @@
 
 namespace fused_adam {
 
-// The options of one parameter group. Names and meaning are PyTorch's.
+// The options of one parameter group and their defaults. Names and meaning are PyTorch's, where
+// PyTorch has them. bindings/options.cpp is the table of what may be asked for.
 struct HyperParameters {
-  double lr;
-  double beta1;
-  double beta2;
-  double eps;
-  double weight_decay;
-  bool amsgrad;
-  bool maximize;
-  bool decoupled_weight_decay;
+  static constexpr double kNone = -1.0;
+
+  double lr = 1e-3;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0.0;
+  bool amsgrad = false;
+  bool maximize = false;
+  bool decoupled_weight_decay = false;
+  double ema_decay = kNone;
+
+  constexpr bool keeps_ema() const { return ema_decay >= 0.0; }
 };
 
 // What adam_rule.hpp calls k. T is a float, a double, or a vector of either.
@@ -40,6 +46,8 @@ template <class T>
 struct StepCoefficients {
   Coefficients<T> k;
   bool lerp_from_grad;  // 1 - beta1 >= 0.5: the average is nearer to grad than to exp_avg
+  T ema_weight;         // of param - ema: 1 - ema_decay, or -ema_decay when ema_from_param
+  bool ema_from_param;  // 1 - ema_decay >= 0.5, likewise
 };
 
 // The coefficients of one group at one step, for arrays of either dtype.

@@ -84,15 +84,15 @@ const std::vector<Isa>& compiled_isas() {
   // in a virtual machine every CPUID instruction goes to the host and takes up to 30 us.
   static const std::vector<Isa> isas = {
 #if defined(FUSED_ADAM_HAS_AVX512)
-      {"avx512", has_avx512(), &kernels_avx512},
+      {"avx512", has_avx512(), &stages_avx512},
 #endif
 #if defined(FUSED_ADAM_HAS_AVX2)
-      {"avx2", has_avx2(), &kernels_avx2},
+      {"avx2", has_avx2(), &stages_avx2},
 #endif
 #if defined(FUSED_ADAM_HAS_NEON)
-      {"neon", true, &kernels_neon},
+      {"neon", true, &stages_neon},
 #endif
-      {"scalar", true, &kernels_scalar},
+      {"scalar", true, &stages_scalar},
   };
   return isas;
 }

@@ -11,7 +11,7 @@ namespace fused_adam {
 struct Isa {
   const char* name;
   bool supported;  // by the CPU and by the operating system
-  const KernelTable* kernels;
+  const StageTable* stages;
 };
 
 // Every ISA of this build, best first; the last one runs everywhere.

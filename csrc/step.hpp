@@ -14,34 +14,49 @@ namespace fused_adam {
 class StepPlan {
  public:
   // Forgets the last step but keeps its memory: a plan that is used again allocates nothing.
-  void clear();
+  // zero_grad: gradients are set to zeros where they have been used.
+  void begin(bool zero_grad = false);
 
   // The arrays that are added next take this step, counted from 1, with these options.
   void set_rule(const HyperParameters& hyper, int64_t step);
 
-  void add_array(const Streams& streams, int64_t size, DType dtype);
+  // dtype: of param. begins_ema: there are no averages of it yet.
+  void add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema = false);
 
   // Updates all arrays, cut among threads all together. max_threads is what the caller allows, 0
   // for what the machine allows. Nothing in here can fail.
-  void run(const KernelTable& kernels, int max_threads) noexcept;
+  void run(const StageTable& table, int max_threads) noexcept;
 
  private:
   struct ArrayUpdate {
     Streams streams;
     int64_t size;
     int64_t line_end;  // cache lines of param in this array and all before it
+    uint32_t rule;
     DType dtype;
-    size_t rule;
+    bool begins_ema;
   };
   struct Rule {
     CoefficientSet coefficients;
-    Form form;
+    bool l2, amsgrad, ema;
+  };
+  // What is done to each piece of an array, in this order.
+  struct Stages {
+    static constexpr int kMost = 4;
+    Stage at[kMost];
+    int count = 0;
+
+    void add(Stage stage) { at[count++] = stage; }
   };
 
-  void run_lines(const KernelTable& kernels, int64_t begin, int64_t end) const noexcept;
+  Stages stages_of(const ArrayUpdate& array, const StageTable& table) const noexcept;
+  void run_lines(const StageTable& table, int64_t begin, int64_t end) const noexcept;
+  void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
+                 int64_t last) const noexcept;
 
   std::vector<ArrayUpdate> arrays_;
   std::vector<Rule> rules_;
+  bool zero_grad_ = false;
 };
 
 }  // namespace fused_adam

@@ -11,6 +11,7 @@
 
 #include "../csrc/dispatch.hpp"
 #include "../csrc/step.hpp"
+#include "../csrc/stream_table.hpp"
 
 using namespace fused_adam;
 
@@ -129,7 +130,7 @@ class Digest {
 
 // Of arrays of all lengths below many vectors, and of one that is large enough for threads.
 template <class T>
-uint64_t digest(const KernelTable& kernels, DType dtype, void (*set)(HyperParameters&),
+uint64_t digest(const StageTable& stages, DType dtype, void (*set)(HyperParameters&),
                 int threads) {
   HyperParameters hyper = {};
   hyper.lr = 1e-3;
@@ -153,7 +154,7 @@ uint64_t digest(const KernelTable& kernels, DType dtype, void (*set)(HyperParame
     plan.add_array(
         {param.data(), grad.data(), exp_avg.data(), exp_avg_sq.data(), max_exp_avg_sq.data()},
         length, dtype);
-    plan.run(kernels, threads);
+    plan.run(stages, threads);
     for (const auto& stream : streams) {
       for (const T value : stream) result.add(value);
     }
@@ -173,8 +174,8 @@ int main() {
     for (const int threads : {1, 3}) {
       int as_expected = 0;
       for (const Row& row : kRows) {
-        const uint64_t found[kDTypes] = {digest<float>(*isa.kernels, kFloat32, row.set, threads),
-                                         digest<double>(*isa.kernels, kFloat64, row.set, threads)};
+        const uint64_t found[kDTypes] = {digest<float>(*isa.stages, kFloat32, row.set, threads),
+                                         digest<double>(*isa.stages, kFloat64, row.set, threads)};
         if (memcmp(found, row.expected, sizeof found) == 0) {
           ++as_expected;
           continue;

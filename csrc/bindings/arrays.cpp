@@ -2,6 +2,9 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "text.hpp"
 
 namespace fused_adam {
@@ -22,7 +25,13 @@ std::string shape_text(const ArrayFacts& facts) {
   return "(" + list + ")";
 }
 
-const char* dtype_name(DType dtype) { return dtype == kFloat32 ? "float32" : "float64"; }
+struct ElementType {
+  DType dtype;
+  int numpy_type;
+};
+constexpr ElementType kElementTypes[] = {{kFloat32, npy_api::NPY_FLOAT_},
+                                         {kFloat64, npy_api::NPY_DOUBLE_}};
+static_assert(sizeof kElementTypes == kDTypes * sizeof(ElementType));
 
 std::string type_name(py::handle object) {
   py::handle type = py::type::handle_of(object);
@@ -108,8 +117,10 @@ bool same_shape(const ArrayFacts& a, const ArrayFacts& b) {
 
 DType require_dtype(const PyArray_Proxy* array, const Place& place) {
   const auto* descr = reinterpret_cast<const PyArrayDescr_Proxy*>(array->descr);
-  const bool is_float32 = descr->type_num == npy_api::NPY_FLOAT_;
-  if (!is_float32 && descr->type_num != npy_api::NPY_DOUBLE_) {
+  const auto* type = std::find_if(
+      std::begin(kElementTypes), std::end(kElementTypes),
+      [&](const ElementType& element) { return element.numpy_type == descr->type_num; });
+  if (type == std::end(kElementTypes)) {
     throw py::type_error(place.str() + " has dtype " + text(array->descr) +
                          ", expected float32 or float64. Convert it once, with " +
                          "a.astype(np.float32), and use the result.");
@@ -121,10 +132,27 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place) {
     throw py::value_error(place.str() + " has byte-swapped elements (dtype " + text(array->descr) +
                           "). Convert it once, with a.astype(a.dtype.newbyteorder('=')).");
   }
-  return is_float32 ? kFloat32 : kFloat64;
+  return type->dtype;
 }
 
 }  // namespace
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case kFloat32:
+      return "float32";
+    case kFloat64:
+      return "float64";
+  }
+  return "";
+}
+
+py::dtype numpy_dtype(DType dtype) {
+  const auto* type =
+      std::find_if(std::begin(kElementTypes), std::end(kElementTypes),
+                   [&](const ElementType& element) { return element.dtype == dtype; });
+  return py::dtype(type->numpy_type);
+}
 
 void load_array_types() {
   memmap_type.call_once_and_store_result(
@@ -179,24 +207,50 @@ void require_writeable(py::handle array, const Place& place, const char* reason)
   }
 }
 
-void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& param,
-                  const Place& param_place) {
-  if (array.dtype != param.dtype) {
-    throw py::type_error(place.str() + " has dtype " + dtype_name(array.dtype) + ", but " +
-                         param_place.str() + " has " + dtype_name(param.dtype) +
-                         ". Both must be the same.");
+namespace {
+
+// What is wrong with an array that is not like another one, or not as it was.
+class Difference {
+ public:
+  Difference(const Place& place, const Place* model_place) : place_(place), model_(model_place) {}
+
+  // "grad for params has shape (3,), but params has (4,)."
+  std::string of(const char* verb, const char* past, const std::string& what,
+                 const std::string& found, const std::string& expected) const {
+    const std::string text = place_.str() + " " + verb + " " + what + found + ", but ";
+    if (model_ != nullptr) return text + model_->str() + " " + verb + " " + expected + ".";
+    return text + "it " + past + " " + expected + " when this optimizer was made.";
   }
-  if (!same_shape(array, param)) {
-    throw py::value_error(place.str() + " has shape " + shape_text(array) + ", but " +
-                          param_place.str() + " has " + shape_text(param) + ".");
+
+ private:
+  const Place& place_;
+  const Place* model_;
+};
+
+}  // namespace
+
+void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
+                  const Place* model_place) {
+  const Difference differs(place, model_place);
+  if (array.dtype != model.dtype) {
+    throw py::type_error(differs.of("has", "had", "dtype ", dtype_name(array.dtype),
+                                    dtype_name(model.dtype)) +
+                         (model_place != nullptr ? " Both must be the same." : ""));
+  }
+  if (!same_shape(array, model)) {
+    throw py::value_error(differs.of("has", "had", "shape ", shape_text(array), shape_text(model)));
   }
   const bool same_layout =
-      (array.c_contiguous && param.c_contiguous) || (array.f_contiguous && param.f_contiguous);
+      (array.c_contiguous && model.c_contiguous) || (array.f_contiguous && model.f_contiguous);
   if (!same_layout) {
-    throw py::value_error(
-        place.str() + " is in " + (array.c_contiguous ? "C" : "Fortran") + " order, but " +
-        param_place.str() + " is in " + (param.c_contiguous ? "C" : "Fortran") + " order. Use " +
-        (param.c_contiguous ? "np.ascontiguousarray" : "np.asfortranarray") + " on one of them.");
+    const auto order = [](const ArrayFacts& facts) {
+      return facts.c_contiguous ? "C order" : "Fortran order";
+    };
+    const char* function = model.c_contiguous ? "np.ascontiguousarray" : "np.asfortranarray";
+    throw py::value_error(differs.of("is in", "was in", "", order(array), order(model)) +
+                          (model_place == nullptr
+                               ? ""
+                               : std::string(" Use ") + function + " on one of them."));
   }
 }
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <string_view>
 
-#include "../kernel/kernel.hpp"
 #include "../overlap.hpp"
+#include "../stream_table.hpp"
 
 namespace fused_adam {
 
@@ -36,7 +36,7 @@ struct ArrayFacts {
   bool mapped;  // of a memory map: np.memmap, SharedMemory
 
   Memory memory() const { return {data, bytes(), mapped}; }
-  int64_t bytes() const { return size * (dtype == kFloat32 ? 4 : 8); }
+  int64_t bytes() const { return size * size_of(dtype); }
 };
 
 // To be called once, when the module is loaded, before anything else of this file.
@@ -49,10 +49,13 @@ ArrayFacts array_facts(py::handle object, const Place& place);
 // ValueError where the array cannot be written; reason goes on "... is read-only, but".
 void require_writeable(py::handle array, const Place& place, const char* reason);
 
-// Is the array as its param is? TypeError for another dtype, ValueError for another shape or
-// layout.
-void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& param,
-                  const Place& param_place);
+// Is the array as its model is? TypeError for another dtype, ValueError for another shape or layout.
+// model_place: null where the model is what the array itself was, when its optimizer was made.
+void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
+                  const Place* model_place);
+
+const char* dtype_name(DType dtype);
+py::dtype numpy_dtype(DType dtype);
 
 // A new view, so that what a caller does to its flags or shape does not reach the array itself.
 py::object fresh_view(const py::object& array);

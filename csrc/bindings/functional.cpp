@@ -3,68 +3,59 @@
 #include "../dispatch.hpp"
 #include "../overlap.hpp"
 #include "../step.hpp"
+#include "../stream_table.hpp"
 #include "arrays.hpp"
+#include "containers.hpp"
 #include "options.hpp"
 #include "without_gil.hpp"
 
 namespace fused_adam {
 
 void adam_step(const std::string& isa, int max_threads, const py::dict& options, int64_t step,
-               py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
-               py::handle max_exp_avg_sq) {
+               const py::dict& arrays, bool zero_grad) {
   const HyperParameters hyper = OptionReader().read(options, "");
-  if (hyper.amsgrad && max_exp_avg_sq.is_none()) {
-    throw py::value_error("amsgrad needs max_exp_avg_sq.");
-  }
-
-  struct Argument {
-    const char* name;
-    py::handle array;
-    bool written;
-  };
-  const Argument arguments[] = {{"param", param, true},
-                                {"grad", grad, false},
-                                {"exp_avg", exp_avg, true},
-                                {"exp_avg_sq", exp_avg_sq, true},
-                                {"max_exp_avg_sq", max_exp_avg_sq, true}};
-  const int count = max_exp_avg_sq.is_none() ? 4 : 5;
-  constexpr int kGrad = 1;
-  Memory grad_memory = {};
-  void* data[5] = {};
-  ArrayFacts param_facts = {};
+  Streams streams = {};
+  ArrayFacts param = {};
+  Memory read = {};
   WrittenMemory written;
-  for (int i = 0; i < count; ++i) {
-    const Argument& argument = arguments[i];
-    const Place name = {"", argument.name, ""};
-    const ArrayFacts facts = array_facts(argument.array, name);
-    if (i == 0) param_facts = facts;
-    require_like(facts, name, param_facts, {"", "param", ""});
-    if (argument.written) {
-      require_writeable(argument.array, name, "a step updates it in place.");
-      written.add(facts.memory(), i);
+  for (const StreamInfo& info : kStreamTable) {
+    const py::object array = dict_item(arrays, py::str(info.name));
+    if (info.option != nullptr && array.is_none()) {
+      if (!info.wanted(hyper)) continue;
+      throw py::value_error(std::string(info.option) + " needs " + info.name + ".");
     }
-    if (i == kGrad) grad_memory = facts.memory();
-    data[i] = facts.data;
+    const Place name = {"", info.name, ""}, param_name = {"", "param", ""};
+    const ArrayFacts facts = array_facts(array, name);
+    if (info.stream == kParam) param = facts;
+    require_like(facts, name, param, &param_name);
+    if (info.access == Access::kUpdated) {
+      require_writeable(array, name, "a step updates it in place.");
+      written.add(facts.memory(), info.stream);
+    } else {
+      read = facts.memory();
+      if (zero_grad) require_writeable(array, name, "zero_grad=True sets it to zeros.");
+    }
+    streams.at[info.stream] = facts.data;
   }
   const auto [a, b] = written.index();
   if (a != WrittenMemory::kNone) {
-    throw py::value_error(std::string(arguments[b].name) + " shares memory with " +
-                          arguments[a].name + ". Every array that is updated needs its own.");
+    throw py::value_error(std::string(kStreamTable[b].name) + " shares memory with " +
+                          kStreamTable[a].name + ". Every array that is updated needs its own.");
   }
   size_t hint = 0;
-  const int64_t owner = written.owner_of_overlap(grad_memory, hint);
+  const int64_t owner = written.owner_of_overlap(read, hint);
   if (owner != WrittenMemory::kNone) {
-    throw py::value_error(std::string("grad shares memory with ") + arguments[owner].name +
+    throw py::value_error(std::string("grad shares memory with ") + kStreamTable[owner].name +
                           ", which a step writes. Pass a copy.");
   }
 
   StepPlan plan;
+  plan.begin(zero_grad);
   plan.set_rule(hyper, step);
-  plan.add_array({data[0], data[1], data[2], data[3], data[4]}, param_facts.size,
-                 param_facts.dtype);
-  const KernelTable& kernels = *isa_by_name(isa).kernels;
+  plan.add_array(streams, param.size, param.dtype);
+  const StageTable& stages = *isa_by_name(isa).stages;
   const WithoutGil no_gil;
-  plan.run(kernels, max_threads);
+  plan.run(stages, max_threads);
 }
 
 }  // namespace fused_adam

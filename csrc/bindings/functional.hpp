@@ -9,10 +9,9 @@ namespace fused_adam {
 
 namespace py = pybind11;
 
-// options: as in a parameter group. step >= 1. max_exp_avg_sq may be None without amsgrad. The
-// checks are those of Optimizer::step.
+// options: as in a parameter group. step >= 1. arrays: by the names of the table of streams; None for
+// those that these options do not need. The checks are those of Optimizer::step.
 void adam_step(const std::string& isa, int max_threads, const py::dict& options, int64_t step,
-               py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
-               py::handle max_exp_avg_sq);
+               const py::dict& arrays, bool zero_grad);
 
 }  // namespace fused_adam

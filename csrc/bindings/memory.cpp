@@ -2,7 +2,9 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,25 +13,70 @@
 namespace fused_adam {
 namespace {
 
-// Large pages for large blocks, as NumPy asks for them: fewer of them to make, and to look up.
-void ask_for_large_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) noexcept {
+constexpr int64_t kLine = 64;  // bytes of a cache line, and of the widest vector
+constexpr int64_t kPage = 4096;
+constexpr int64_t kLarge = 64 * kPage;           // from here on, a page more is below half a percent
+constexpr int64_t kHugePages = int64_t{1} << 22;  // as in NumPy
+
+int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+int64_t within_page(int64_t x) { return ((x % kPage) + kPage) % kPage; }
+
+// Fewer pages to make, and to look up.
+void ask_for_huge_pages([[maybe_unused]] char* begin, [[maybe_unused]] int64_t bytes) noexcept {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kLarge = size_t{1} << 22, kPage = 4096;
-  if (bytes < kLarge) return;
-  const size_t skipped = -reinterpret_cast<uintptr_t>(block) % kPage;
-  madvise(static_cast<char*>(block) + skipped, bytes - skipped, MADV_HUGEPAGE);
+  if (bytes >= kHugePages) madvise(begin, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
+}
+
+// A view of the block from this place on: shape and order are those of param where the stream has an
+// entry for each of its elements; else the entries stand in a row.
+py::object view_of(const py::array& block, char* begin, Stream stream, const ArrayFacts& param) {
+  const DType dtype = dtype_of(stream, param.dtype);
+  std::vector<py::ssize_t> shape(param.shape, param.shape + param.nd);
+  if (kStreamTable[stream].elements_per_entry != 1) {
+    shape = {bytes_of(stream, param.dtype, param.size) / size_of(dtype)};
+  }
+  std::vector<py::ssize_t> strides(shape.size());
+  int64_t stride = size_of(dtype);
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const size_t axis = param.c_contiguous ? shape.size() - 1 - i : i;
+    strides[axis] = stride;
+    stride *= std::max<py::ssize_t>(shape[axis], 1);
+  }
+  return py::array(numpy_dtype(dtype), std::move(shape), std::move(strides), begin, block);
 }
 
 }  // namespace
 
-py::array zeroed(py::ssize_t bytes) {
-  // Python's calloc, so that tracemalloc knows of it.
-  void* const block = PyMem_RawCalloc(static_cast<size_t>(bytes), 1);
-  if (block == nullptr) throw std::bad_alloc();
-  const py::capsule owner(block, &PyMem_RawFree);
-  ask_for_large_pages(block, static_cast<size_t>(bytes));
-  return py::array(py::dtype::of<uint8_t>(), {bytes}, {py::ssize_t{1}}, block, owner);
+std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted) {
+  std::vector<int64_t> starts;
+  int64_t end = 0;
+  for (const NewArray& array : wanted) {
+    const int64_t bytes = bytes_of(array.stream, array.param.dtype, array.param.size);
+    int64_t start = rounded_up(end, kLine);
+    if (bytes >= kLarge) {
+      const auto base = static_cast<int64_t>(reinterpret_cast<uintptr_t>(array.param.data));
+      const int64_t place = base + kStreamTable[array.stream].page_offset;
+      start += within_page(place - start) / kLine * kLine;
+    }
+    starts.push_back(start);
+    end = start + bytes;
+  }
+  // A whole page to spare, to begin at one. Python's calloc, so that tracemalloc knows of it.
+  void* const memory = PyMem_RawCalloc(static_cast<size_t>(end + kPage), 1);
+  if (memory == nullptr) throw std::bad_alloc();
+  const py::capsule owner(memory, &PyMem_RawFree);
+  const py::array block(py::dtype::of<uint8_t>(), {py::ssize_t{end + kPage}}, {py::ssize_t{1}}, memory,
+                        owner);
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory));
+  char* const first_page = static_cast<char*>(memory) + within_page(-address);
+  ask_for_huge_pages(first_page, end);
+  std::vector<py::object> arrays;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    arrays.push_back(view_of(block, first_page + starts[i], wanted[i].stream, wanted[i].param));
+  }
+  return arrays;
 }
 
 }  // namespace fused_adam

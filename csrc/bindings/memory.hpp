@@ -1,17 +1,31 @@
-// Memory that belongs to an optimizer.
+// The arrays that belong to an optimizer, and gradient buffers.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
+#include "../stream_table.hpp"
+#include "arrays.hpp"
+
 namespace fused_adam {
 
 namespace py = pybind11;
 
-// A one-dimensional uint8 array of that many zeros, which the operating system makes only where
-// they are touched: by the threads of the first step. np.zeros does as much, but an array that owns
-// its memory can be resized by whoever gets hold of it, as the base of a view, and the view is left
-// with memory that is gone. This one refuses.
-py::array zeroed(py::ssize_t bytes);
+struct NewArray {
+  ArrayFacts param;
+  Stream stream;
+};
+
+// Arrays of zeros for these streams of these params. Each starts at a multiple of 64 bytes. Those of
+// a large param lie where the table of streams says, relative to its own beginning within a page: a
+// CPU that compares only the low 12 bits of addresses would otherwise take the load of one stream for
+// a load after the store of another.
+//
+// All of them are views of one block, which the operating system fills with zeros only where it is
+// touched: by the threads of the first step. np.zeros does as much, but whoever gets hold of an array
+// that owns its memory, as the base of a view, can resize it under the view. This one refuses.
+std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted);
 
 }  // namespace fused_adam

@@ -6,7 +6,6 @@
 #include "../parallel.hpp"
 #include "../team.hpp"
 #include "functional.hpp"
-#include "memory.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
 #include "text.hpp"
@@ -21,6 +20,43 @@ std::vector<std::string> isa_names(bool only_supported) {
   }
   return names;
 }
+
+py::list streams_for_python() {
+  py::list rows;
+  for (const StreamInfo& info : kStreamTable) {
+    py::dict row;
+    row["name"] = info.name;
+    row["ours"] = is_ours(info);
+    row["copy_of_param"] = info.initial == Initial::kCopyOfParam;
+    row["elements_per_entry"] = info.elements_per_entry;
+    row["format"] = info.format;
+    row["option"] = info.option == nullptr ? py::object(py::none()) : py::str(info.option);
+    rows.append(row);
+  }
+  return rows;
+}
+
+// The names of the streams of ours that steps with these options need.
+std::vector<std::string> streams_of(const py::dict& options) {
+  const HyperParameters hyper = OptionReader().read(options, "");
+  std::vector<std::string> names;
+  for (const StreamInfo& info : kStreamTable) {
+    if (is_ours(info) && info.wanted(hyper)) names.push_back(info.name);
+  }
+  return names;
+}
+
+// What `with opt.ema_weights()` enters. In C++, since no interruption comes between the exchange and
+// the body then.
+class EmaWeights {
+ public:
+  explicit EmaWeights(py::object optimizer) : optimizer_(std::move(optimizer)) {}
+  void enter() { optimizer_.cast<Optimizer&>().exchange_averages(false); }
+  void exit() { optimizer_.cast<Optimizer&>().exchange_averages(true); }
+
+ private:
+  py::object optimizer_;
+};
 
 void bind(py::module_& m) {
   m.attr("__version__") = FUSED_ADAM_VERSION;
@@ -39,10 +75,11 @@ void bind(py::module_& m) {
         OptionReader().read(options, where);
       },
       py::arg("options"), py::arg("where"));
-  m.def("zeroed", &zeroed, py::arg("bytes"));
+  m.def("option_table", &options_for_python);
+  m.def("stream_table", &streams_for_python);
+  m.def("streams_of", &streams_of, py::arg("options"));
   m.def("adam_step", &adam_step, py::arg("isa"), py::arg("max_threads"), py::arg("options"),
-        py::arg("step"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
-        py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"));
+        py::arg("step"), py::arg("arrays"), py::arg("zero_grad"));
 
   py::class_<Structure, std::shared_ptr<Structure>>(m, "Structure")
       .def(py::init<const py::object&>(), py::arg("params"))
@@ -61,8 +98,7 @@ void bind(py::module_& m) {
       .def_property_readonly("named", &Structure::named);
 
   py::class_<Optimizer>(m, "Optimizer")
-      .def(py::init<const std::string&, int, py::object>(), py::arg("isa"), py::arg("max_threads"),
-           py::arg("allocate"))
+      .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("max_threads"))
       .def("__len__", &Optimizer::size)
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)
@@ -70,14 +106,26 @@ void bind(py::module_& m) {
       .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
            py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
-      .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"))
+      .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"),
+           py::arg("zero_grad"))
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)
-      .def("set_step", &Optimizer::set_step, py::arg("index"), py::arg("step"))
-      .def("make_max_exp_avg_sq", &Optimizer::make_max_exp_avg_sq, py::arg("indices"))
+      .def("make_streams",
+           py::overload_cast<const std::vector<std::pair<size_t, std::string>>&>(
+               &Optimizer::make_streams),
+           py::arg("wanted"))
+      .def("reset_state", &Optimizer::reset_state, py::arg("index"), py::arg("step"),
+           py::arg("present"))
+      .def("new_grads", &Optimizer::new_grads, py::arg("group"))
+      .def("averages", &Optimizer::averages, py::arg("group"))
       .def("__enter__", &Optimizer::enter)
       .def("__exit__", [](Optimizer& self, const py::args&) { self.exit(); });
+
+  py::class_<EmaWeights>(m, "EmaWeights")
+      .def(py::init<py::object>(), py::arg("optimizer"))
+      .def("__enter__", &EmaWeights::enter)
+      .def("__exit__", [](EmaWeights& self, const py::args&) { self.exit(); });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "containers.hpp"
@@ -11,11 +12,19 @@
 namespace fused_adam {
 namespace {
 
-// Owners in WrittenMemory: the param of a slot, or its state.
-int64_t param_owner(size_t slot) { return static_cast<int64_t>(2 * slot); }
-int64_t state_owner(size_t slot) { return static_cast<int64_t>(2 * slot + 1); }
+// Owners in WrittenMemory: a stream of a slot.
+int64_t owner_of(size_t slot) { return static_cast<int64_t>(slot) * kStreams; }
+size_t slot_of(int64_t owner) { return static_cast<size_t>(owner / kStreams); }
+bool is_param(int64_t owner) { return owner % kStreams == kParam; }
 
-void* data_of(const py::object& array) { return py::detail::array_proxy(array.ptr())->data; }
+const char* role_of(int64_t owner) { return is_param(owner) ? "" : "the state of "; }
+
+const StreamInfo& own_stream(const std::string& name) {
+  for (const StreamInfo& info : kStreamTable) {
+    if (is_ours(info) && info.name == name) return info;
+  }
+  throw py::value_error("no optimizer has a stream " + name + ".");
+}
 
 }  // namespace
 
@@ -23,6 +32,10 @@ void* data_of(const py::object& array) { return py::detail::array_proxy(array.pt
 class Optimizer::Exclusive {
  public:
   explicit Exclusive(Optimizer& optimizer) : optimizer_(optimizer) { optimizer_.enter(); }
+  // Also while the averages are in the place of the parameters: to exchange them back.
+  Exclusive(Optimizer& optimizer, bool exchanged) : optimizer_(optimizer) {
+    exchanged ? optimizer_.take_use() : optimizer_.enter();
+  }
   ~Exclusive() { optimizer_.exit(); }
   Exclusive(const Exclusive&) = delete;
   Exclusive& operator=(const Exclusive&) = delete;
@@ -39,7 +52,8 @@ class Optimizer::StepScope {
     optimizer_.grads_.clear();
     optimizer_.dicts_.clear();
     optimizer_.hypers_.clear();
-    optimizer_.plan_.clear();
+    optimizer_.cleared_.clear();
+    optimizer_.plan_.begin(false);
   }
   StepScope(const StepScope&) = delete;
   StepScope& operator=(const StepScope&) = delete;
@@ -49,13 +63,10 @@ class Optimizer::StepScope {
   Optimizer& optimizer_;
 };
 
-Optimizer::Optimizer(const std::string& isa, int max_threads, py::object allocate)
-    : isa_(isa_by_name(isa)),
-      max_threads_(max_threads),
-      allocate_(std::move(allocate)),
-      params_key_("params") {}
+Optimizer::Optimizer(const std::string& isa, int max_threads)
+    : isa_(isa_by_name(isa)), max_threads_(max_threads), params_key_("params") {}
 
-void Optimizer::enter() {
+void Optimizer::take_use() {
   if (busy_.exchange(true, std::memory_order_acquire)) {
     throw std::runtime_error(
         "this optimizer is in use: by another thread, by a call that this one is part of, or by a "
@@ -64,15 +75,37 @@ void Optimizer::enter() {
   }
 }
 
-Place Optimizer::place(const char* role, const Slot& slot) const {
-  const Group& group = groups_[slot.group];
-  return {role, group.root, group.structure->paths()[slot.leaf]};
+void Optimizer::enter() {
+  take_use();
+  if (exchanged_) {
+    exit();
+    throw std::runtime_error(
+        "the averages are in the place of the parameters: inside `with opt.ema_weights()` an "
+        "optimizer can do nothing else.");
+  }
 }
 
-std::string Optimizer::owner_text(int64_t owner) const {
-  const bool is_state = owner % 2 != 0;
-  return place(is_state ? "the state of " : "", slots_[static_cast<size_t>(owner / 2)]).str();
+Place Optimizer::place(const char* role, const Slot& slot) const {
+  return place_in(groups_[slot.group], role, slot.leaf);
 }
+
+Place Optimizer::place_in(const Group& group, const char* role, size_t leaf) {
+  return {role, group.root, group.structure->paths()[leaf]};
+}
+
+size_t Optimizer::size() const {
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  return slots_.size();
+}
+
+std::vector<std::shared_ptr<const Structure>> Optimizer::structures() const {
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  std::vector<std::shared_ptr<const Structure>> all;
+  for (const Group& group : groups_) all.push_back(group.structure);
+  return all;
+}
+
+// --- Groups ------------------------------------------------------------------------------------
 
 void Optimizer::add_group(const py::object& param_groups, const py::dict& options,
                           std::shared_ptr<const Structure> structure, bool grouped, bool frozen) {
@@ -84,126 +117,52 @@ void Optimizer::add_group(const py::object& param_groups, const py::dict& option
   const std::string root = grouped ? name + "['params']" : "params";
   if (count == 0) throw py::value_error(root + " has no arrays to train.");
   if (!grouped && index > 0) throw std::logic_error("several groups need grouped gradients");
-  const bool amsgrad = reader_.read(options, name).amsgrad;
+  const HyperParameters hyper = reader_.read(options, name);
+
   py::tuple params(count);
   for (size_t i = 0; i < count; ++i) params[i] = structure->leaves()[i];
+  Group group = {std::move(structure), params, root, name, first, count};
+  std::vector<Slot> added;
+  added.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Place here = place_in(group, "", i);
+    added.emplace_back(params[i], here, index, i);
+    if (!frozen) {
+      require_writeable(params[i], here,
+                        "is to be updated in place. Use a.setflags(write=True).");
+    }
+  }
+  // Refuses params that overlap, before memory is spent on their state, which overlaps nothing.
+  memory_is_indexed_ = false;
+  WrittenMemory memory;
+  list_memory(memory, added, group);
+  std::vector<NewArray> wanted;
+  for (const Slot& slot : added) {
+    for (const StreamInfo& info : kStreamTable) {
+      if (is_ours(info) && info.wanted(hyper)) wanted.push_back(slot.new_array(info.stream));
+    }
+  }
+  std::vector<py::object> arrays = new_arrays(wanted);
+  auto array = arrays.begin();
+  for (Slot& slot : added) {
+    for (const StreamInfo& info : kStreamTable) {
+      if (is_ours(info) && info.wanted(hyper)) slot.set(info.stream, std::move(*array++));
+    }
+  }
+  list_memory(memory, added, group);
 
-  {
-    const std::lock_guard<std::mutex> lock(slots_mutex_);
-    groups_.push_back({std::move(structure), params, root, name, first, count});
-  }
-  try {
-    std::vector<size_t> indices;
-    for (size_t i = 0; i < count; ++i) {
-      Slot slot = {};
-      slot.param = params[i];
-      slot.group = index;
-      slot.leaf = i;
-      const Place name = place("", slot);
-      slot.state = array_facts(slot.param, name);
-      slot.mapped = slot.state.mapped;
-      if (!frozen) {
-        require_writeable(slot.param, name,
-                          "is to be updated in place. Use a.setflags(write=True).");
-      }
-      indices.push_back(first + i);
-      const std::lock_guard<std::mutex> lock(slots_mutex_);
-      slots_.push_back(std::move(slot));
-    }
-    index_memory();  // refuses params that overlap, before memory is spent on their state
-    const auto arrays = allocate(indices, amsgrad ? 3 : 2);
-    for (size_t i = 0; i < count; ++i) {
-      Slot& slot = slots_[first + i];
-      slot.exp_avg = arrays[i][0];
-      slot.exp_avg_sq = arrays[i][1];
-      slot.state = array_facts(slot.exp_avg, place("the state of ", slot));
-      slot.streams.exp_avg = data_of(slot.exp_avg);
-      slot.streams.exp_avg_sq = data_of(slot.exp_avg_sq);
-      if (amsgrad) set_max_exp_avg_sq(slot, arrays[i][2]);
-    }
-    index_memory();
-    // A dict with texts for keys and a list: nothing of this runs code of Python.
-    options[params_key_] = params;
-    py::reinterpret_borrow<py::list>(param_groups).append(options);
-  } catch (...) {
-    const std::lock_guard<std::mutex> lock(slots_mutex_);
-    slots_.resize(first);
-    groups_.pop_back();
-    memory_is_indexed_ = false;
-    throw;
-  }
-  ready_ = slots_.size();
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  slots_.reserve(first + count);
+  groups_.reserve(index + 1);
+  // A dict with texts for keys and a list: nothing of this runs code of Python.
+  options[params_key_] = params;
+  py::reinterpret_borrow<py::list>(param_groups).append(options);
+  // From here on nothing can fail.
+  std::move(added.begin(), added.end(), std::back_inserter(slots_));
+  groups_.push_back(std::move(group));
+  memory_ = std::move(memory);
+  memory_is_indexed_ = true;
   grouped_ = grouped;
-}
-
-std::vector<std::shared_ptr<const Structure>> Optimizer::structures() const {
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  std::vector<std::shared_ptr<const Structure>> all;
-  for (const Group& group : groups_) {
-    if (group.first + group.count <= ready_) all.push_back(group.structure);
-  }
-  return all;
-}
-
-std::vector<std::vector<py::object>> Optimizer::allocate(const std::vector<size_t>& indices,
-                                                         int streams) const {
-  py::list params;
-  for (const size_t i : indices) params.append(slots_[i].param);
-  const py::list made = allocate_(params, streams);
-  std::vector<std::vector<py::object>> arrays;
-  for (size_t i = 0; i < indices.size(); ++i) {
-    const Slot& slot = slots_[indices[i]];
-    const Place name = place("the state of ", slot);
-    // While Python code ran, another thread may have given the param another shape.
-    const ArrayFacts like = slot.exp_avg ? slot.state : array_facts(slot.param, place("", slot));
-    arrays.emplace_back();
-    for (py::handle array : made[i]) {
-      require_like(array_facts(array, name), name, like, place("", slot));
-      require_writeable(array, name, "a step updates it in place.");
-      arrays.back().push_back(py::reinterpret_borrow<py::object>(array));
-    }
-  }
-  return arrays;
-}
-
-void Optimizer::make_max_exp_avg_sq(const std::vector<size_t>& indices) {
-  std::vector<size_t> missing;
-  for (const size_t i : indices) {
-    if (!slots_.at(i).max_exp_avg_sq) missing.push_back(i);
-  }
-  if (missing.empty()) return;
-  const auto arrays = allocate(missing, 1);
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  for (size_t i = 0; i < missing.size(); ++i) set_max_exp_avg_sq(slots_[missing[i]], arrays[i][0]);
-  memory_is_indexed_ = false;
-}
-
-void Optimizer::set_max_exp_avg_sq(Slot& slot, const py::object& array) {
-  slot.max_exp_avg_sq = array;
-  slot.streams.max_exp_avg_sq = data_of(array);
-}
-
-void Optimizer::index_memory() {
-  memory_is_indexed_ = false;
-  memory_.clear();
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
-    slot.indexed_data = data_of(slot.param);
-    memory_.add({slot.indexed_data, slot.state.bytes(), slot.mapped}, param_owner(i));
-    for (void* moment :
-         {slot.streams.exp_avg, slot.streams.exp_avg_sq, slot.streams.max_exp_avg_sq}) {
-      if (moment != nullptr) memory_.add({moment, slot.state.bytes(), false}, state_owner(i));
-    }
-  }
-  const auto [a, b] = memory_.index();
-  if (a == WrittenMemory::kNone) {
-    memory_is_indexed_ = true;
-    return;
-  }
-  const auto param_of = [&](int64_t owner) { return slots_[static_cast<size_t>(owner / 2)].param; };
-  const bool same = a % 2 == 0 && b % 2 == 0 && param_of(a).is(param_of(b));
-  throw py::value_error(owner_text(b) + (same ? " is the same array as " : " shares memory with ") +
-                        owner_text(a) + ". Every array that is updated needs memory of its own.");
 }
 
 void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const {
@@ -228,21 +187,73 @@ void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts)
   }
 }
 
+// --- Memory ------------------------------------------------------------------------------------
+
+void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group& group) {
+  memory.clear();
+  for (size_t i = 0; i < slots_.size(); ++i) slots_[i].add_to(memory, owner_of(i));
+  for (size_t i = 0; i < added.size(); ++i) added[i].add_to(memory, owner_of(slots_.size() + i));
+  const auto [a, b] = memory.index();
+  if (a == WrittenMemory::kNone) return;
+  const auto slot = [&](int64_t owner) -> const Slot& {
+    const size_t i = slot_of(owner);
+    return i < slots_.size() ? slots_[i] : added[i - slots_.size()];
+  };
+  const auto text = [&](int64_t owner) {
+    const size_t i = slot_of(owner);
+    const Group& of = i < slots_.size() ? groups_[slots_[i].group] : group;
+    return place_in(of, role_of(owner), slot(owner).leaf).str();
+  };
+  const bool same = is_param(a) && is_param(b) && slot(a).param().is(slot(b).param());
+  throw py::value_error(text(b) + (same ? " is the same array as " : " shares memory with ") +
+                        text(a) + ". Every array that is updated needs memory of its own.");
+}
+
+void Optimizer::index_memory() {
+  memory_is_indexed_ = false;
+  std::vector<Slot> none;
+  list_memory(memory_, none, groups_.back());
+  memory_is_indexed_ = true;
+}
+
+void Optimizer::make_streams(const std::vector<std::pair<size_t, Stream>>& missing) {
+  if (missing.empty()) return;
+  std::vector<NewArray> wanted;
+  for (const auto& [index, stream] : missing) wanted.push_back(slots_[index].new_array(stream));
+  std::vector<py::object> arrays = new_arrays(wanted);
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  for (size_t i = 0; i < missing.size(); ++i) {
+    slots_[missing[i].first].set(missing[i].second, std::move(arrays[i]));
+  }
+  memory_is_indexed_ = false;
+}
+
+void Optimizer::make_streams(const std::vector<std::pair<size_t, std::string>>& wanted) {
+  std::vector<std::pair<size_t, Stream>> missing;
+  for (const auto& [index, name] : wanted) {
+    const Stream stream = own_stream(name).stream;
+    if (!slots_.at(index).has(stream)) missing.emplace_back(index, stream);
+  }
+  make_streams(missing);
+}
+
+// --- The checks of a step ----------------------------------------------------------------------
+
 void Optimizer::check_param(Slot& slot) {
   const Place name = place("", slot);
-  const ArrayFacts param = array_facts(slot.param, name);
-  require_like(param, name, slot.state, place("the state of ", slot));
-  require_writeable(slot.param, name,
+  const ArrayFacts param = array_facts(slot.param(), name);
+  require_like(param, name, slot.layout(), nullptr);
+  require_writeable(slot.param(), name,
                     "a step updates it in place. Use a.setflags(write=True), or leave it out: None "
                     "as its grad.");
-  if (param.data != slot.indexed_data) memory_is_indexed_ = false;
-  slot.streams.param = param.data;
+  if (param.data != slot.listed_data) memory_is_indexed_ = false;
+  slot.streams.at[kParam] = param.data;
 }
 
 void Optimizer::check_grad(Slot& slot, py::handle array) {
-  const Place name = place("grad for ", slot);
+  const Place name = place("grad for ", slot), param_name = place("", slot);
   const ArrayFacts grad = array_facts(array, name);
-  require_like(grad, name, slot.state, place("", slot));
+  require_like(grad, name, slot.layout(), &param_name);
   int64_t owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
   if (owner != WrittenMemory::kNone) {
     // A param that is left out of this step may have moved since, and its old memory be this grad.
@@ -250,10 +261,29 @@ void Optimizer::check_grad(Slot& slot, py::handle array) {
     owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
   }
   if (owner != WrittenMemory::kNone) {
-    throw py::value_error(name.str() + " shares memory with " + owner_text(owner) +
+    throw py::value_error(name.str() + " shares memory with " +
+                          place(role_of(owner), slots_[slot_of(owner)]).str() +
                           ", which a step writes. Pass a copy.");
   }
-  slot.streams.grad = grad.data;
+  slot.streams.at[kGrad] = grad.data;
+}
+
+void Optimizer::check_grads_are_clearable(const char* reason) {
+  cleared_.clear();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (grads_[i].is_none()) continue;
+    const Place name = place("grad for ", slots_[i]);
+    require_writeable(grads_[i], name, reason);
+    cleared_.add(array_facts(grads_[i], name).memory(), static_cast<int64_t>(i));
+  }
+  const auto [a, b] = cleared_.index();
+  if (a == WrittenMemory::kNone) return;
+  const auto text = [&](int64_t i) {
+    return place("grad for ", slots_[static_cast<size_t>(i)]).str();
+  };
+  throw py::value_error(text(b) + " shares memory with " + text(a) +
+                        ", and zero_grad=True sets both to zeros, one before the other is used. "
+                        "Pass a copy.");
 }
 
 void Optimizer::flatten_grads(py::handle grads) {
@@ -279,11 +309,12 @@ void Optimizer::flatten_grads(py::handle grads) {
 }
 
 // One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.
-void Optimizer::check_and_plan() {
-  plan_.clear();
+void Optimizer::check_and_plan(bool zero_grad) {
+  plan_.begin(zero_grad);
   memory_.look_again();
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
+    const bool keeps_ema = hypers_[g].keeps_ema();
     int64_t step = -1;  // of the rule that was set last; most params share one
     for (size_t i = group.first; i < group.first + group.count; ++i) {
       if (grads_[i].is_none()) continue;
@@ -294,9 +325,11 @@ void Optimizer::check_and_plan() {
         step = slot.step + 1;
         plan_.set_rule(hypers_[g], step);
       }
-      plan_.add_array(slot.streams, slot.state.size, slot.state.dtype);
+      plan_.add_array(slot.streams, slot.layout().size, slot.layout().dtype,
+                      keeps_ema && !slot.has_values(kEma));
     }
   }
+  if (zero_grad) check_grads_are_clearable("zero_grad=True sets it to zeros.");
   if (memory_is_indexed_) return;
   // A param has moved, perhaps onto a grad that was found free before it.
   index_memory();
@@ -305,19 +338,23 @@ void Optimizer::check_and_plan() {
   }
 }
 
-// Where amsgrad was switched on since the last step, the maximum counts from now.
-bool Optimizer::make_missing_maxima() {
-  std::vector<size_t> missing;
+// Of options that were switched on since the last step.
+bool Optimizer::make_missing_streams() {
+  std::vector<std::pair<size_t, Stream>> missing;
   for (size_t i = 0; i < slots_.size(); ++i) {
-    const Slot& slot = slots_[i];
-    const bool needed = hypers_[slot.group].amsgrad && !grads_[i].is_none();
-    if (needed && !slot.max_exp_avg_sq) missing.push_back(i);
+    if (grads_[i].is_none()) continue;
+    for (const StreamInfo& info : kStreamTable) {
+      const bool needed = is_ours(info) && info.wanted(hypers_[slots_[i].group]);
+      if (needed && !slots_[i].has(info.stream)) missing.emplace_back(i, info.stream);
+    }
   }
-  make_max_exp_avg_sq(missing);
+  make_streams(missing);
   return !missing.empty();
 }
 
-void Optimizer::step(py::handle grads, py::handle param_groups) {
+// --- Steps -------------------------------------------------------------------------------------
+
+void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads);
@@ -325,23 +362,28 @@ void Optimizer::step(py::handle grads, py::handle param_groups) {
   for (size_t i = 0; i < dicts_.size(); ++i) {
     hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
   }
-  check_and_plan();
-  // The allocator is Python code, during which other threads run: what was checked is checked
-  // again.
-  if (make_missing_maxima()) check_and_plan();
+  check_and_plan(zero_grad);
+  if (make_missing_streams()) check_and_plan(zero_grad);
   // From here on nothing can fail.
   {
     const WithoutGil no_gil;
-    plan_.run(*isa_.kernels, max_threads_);
+    plan_.run(*isa_.stages, max_threads_);
   }
-  for (size_t i = 0; i < slots_.size(); ++i) slots_[i].step += grads_[i].is_none() ? 0 : 1;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (grads_[i].is_none()) continue;
+    slots_[i].step += 1;
+    if (hypers_[slots_[i].group].keeps_ema()) slots_[i].set_values(kEma, true);
+  }
 }
 
 void Optimizer::zero(py::handle grads) {
   const StepScope scope(*this);
   flatten_grads(grads);
   memory_.look_again();
-  for (const Slot& slot : slots_) memory_is_indexed_ &= data_of(slot.param) == slot.indexed_data;
+  for (const Slot& slot : slots_) {
+    const void* data = py::detail::array_proxy(slot.param().ptr())->data;
+    memory_is_indexed_ &= data == slot.listed_data;
+  }
   if (!memory_is_indexed_) index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
@@ -351,40 +393,108 @@ void Optimizer::zero(py::handle grads) {
   const WithoutGil no_gil;
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
-    void* const grad = const_cast<void*>(slots_[i].streams.grad);
-    memset(grad, 0, static_cast<size_t>(slots_[i].state.bytes()));
+    const ArrayFacts& param = slots_[i].layout();
+    const int64_t bytes = bytes_of(kGrad, param.dtype, param.size);
+    memset(slots_[i].streams.at[kGrad], 0, static_cast<size_t>(bytes));
   }
 }
 
+// --- State -------------------------------------------------------------------------------------
+
 py::dict Optimizer::state(size_t index) const {
-  Slot slot;
+  int64_t step;
+  py::object arrays[kStreams];  // Python code runs below, and may add a group
   {
     const std::lock_guard<std::mutex> lock(slots_mutex_);
-    if (index >= ready_) throw py::index_error("no such parameter");
-    slot = slots_[index];  // a copy: Python code runs below, and may add a group
+    if (index >= slots_.size()) throw py::index_error("no such parameter");
+    const Slot& slot = slots_[index];
+    step = slot.step;
+    for (const StreamInfo& info : kStreamTable) {
+      if (is_ours(info) && slot.has_values(info.stream)) arrays[info.stream] = slot.array(info.stream);
+    }
   }
   py::dict state;
-  state["step"] = slot.step;
-  state["exp_avg"] = fresh_view(slot.exp_avg);
-  state["exp_avg_sq"] = fresh_view(slot.exp_avg_sq);
-  if (slot.max_exp_avg_sq) state["max_exp_avg_sq"] = fresh_view(slot.max_exp_avg_sq);
+  state["step"] = step;
+  for (const StreamInfo& info : kStreamTable) {
+    if (arrays[info.stream]) state[info.name] = fresh_view(arrays[info.stream]);
+  }
   return state;
 }
 
 py::dict Optimizer::all_state() const {
-  py::list steps, exp_avgs, exp_avg_sqs, max_exp_avg_sqs;
-  for (const Slot& slot : slots_) {
-    steps.append(slot.step);
-    exp_avgs.append(slot.exp_avg);
-    exp_avg_sqs.append(slot.exp_avg_sq);
-    max_exp_avg_sqs.append(slot.max_exp_avg_sq ? slot.max_exp_avg_sq : py::none());
-  }
   py::dict state;
+  py::list steps;
+  for (const Slot& slot : slots_) steps.append(slot.step);
   state["step"] = steps;
-  state["exp_avg"] = exp_avgs;
-  state["exp_avg_sq"] = exp_avg_sqs;
-  state["max_exp_avg_sq"] = max_exp_avg_sqs;
+  for (const StreamInfo& info : kStreamTable) {
+    if (!is_ours(info)) continue;
+    py::list arrays;
+    for (const Slot& slot : slots_) {
+      arrays.append(slot.has_values(info.stream) ? slot.array(info.stream) : py::none());
+    }
+    state[info.name] = arrays;
+  }
   return state;
+}
+
+py::list Optimizer::new_grads(size_t group) const {
+  const Group& of = groups_.at(group);
+  std::vector<NewArray> wanted;
+  for (size_t i = of.first; i < of.first + of.count; ++i) {
+    wanted.push_back(slots_[i].new_array(kGrad));
+  }
+  py::list grads;
+  for (const py::object& grad : new_arrays(wanted)) grads.append(fresh_view(grad));
+  return grads;
+}
+
+py::list Optimizer::averages(size_t group) {
+  const Exclusive exclusive(*this);
+  const Group& of = groups_.at(group);
+  py::list views;
+  for (size_t i = of.first; i < of.first + of.count; ++i) {
+    Slot& slot = slots_[i];
+    if (slot.has(kEma) && !slot.has_values(kEma)) {
+      check_param(slot);
+      const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
+      memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
+    }
+    views.append(slot.has(kEma) ? fresh_view(slot.array(kEma)) : py::none());
+  }
+  return views;
+}
+
+void Optimizer::reset_state(size_t index, int64_t step, const std::vector<std::string>& present) {
+  Slot& slot = slots_.at(index);
+  slot.step = step;
+  for (const StreamInfo& info : kStreamTable) {
+    if (!is_ours(info) || !slot.has(info.stream)) continue;
+    const bool there = std::find(present.begin(), present.end(), info.name) != present.end();
+    const ArrayFacts& param = slot.layout();
+    const int64_t bytes = bytes_of(info.stream, param.dtype, param.size);
+    if (!there) memset(slot.streams.at[info.stream], 0, static_cast<size_t>(bytes));
+    slot.set_values(info.stream, there || info.initial == Initial::kZeros);
+  }
+}
+
+void Optimizer::exchange_averages(bool back) {
+  const Exclusive exclusive(*this, back);
+  bool any = false;
+  for (Slot& slot : slots_) {
+    any |= slot.has(kEma);
+    if (slot.has_values(kEma)) check_param(slot);
+  }
+  if (!any) {
+    throw py::value_error("there are no averages: Adam(..., ema_decay=0.999) keeps them.");
+  }
+  const WithoutGil no_gil;
+  for (Slot& slot : slots_) {
+    if (!slot.has_values(kEma)) continue;  // equal to its param until its first step
+    char* const param = static_cast<char*>(slot.streams.at[kParam]);
+    char* const ema = static_cast<char*>(slot.streams.at[kEma]);
+    std::swap_ranges(param, param + bytes_of(kEma, slot.layout().dtype, slot.layout().size), ema);
+  }
+  exchanged_ = !back;
 }
 
 }  // namespace fused_adam

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../dispatch.hpp"
@@ -14,23 +15,23 @@
 #include "../step.hpp"
 #include "arrays.hpp"
 #include "options.hpp"
+#include "slot.hpp"
 #include "structure.hpp"
 
 namespace fused_adam {
 
 class Optimizer {
  public:
-  // max_threads 0: as many as the machine allows. allocate(params, streams) returns for every array
-  // of params a list of `streams` new arrays like it, filled with zeros.
-  Optimizer(const std::string& isa, int max_threads, py::object allocate);
+  // max_threads 0: as many as the machine allows.
+  Optimizer(const std::string& isa, int max_threads);
 
   // Takes the arrays of a group, makes their state, and appends the group to the caller's list,
   // with the arrays as a flat tuple under "params". grouped: from now on gradients come as a list
   // with an entry for each group. Read-only arrays only where some may be frozen, as in the copy of
   // an optimizer.
   //
-  // All of it or nothing, whatever interrupts it: the allocator is the last code of Python that
-  // runs, before anything has changed. That is why it takes exclusive use here, not in Python.
+  // All of it or nothing, whatever interrupts it: no code of Python runs once something has changed.
+  // That is why it takes exclusive use here, not in Python.
   void add_group(const py::object& param_groups, const py::dict& options,
                  std::shared_ptr<const Structure> structure, bool grouped, bool frozen);
 
@@ -42,43 +43,44 @@ class Optimizer {
   }
 
   // One step. grads is like params or, if grouped(), a sequence with an entry for each group.
-  void step(py::handle grads, py::handle param_groups);
+  void step(py::handle grads, py::handle param_groups, bool zero_grad);
 
   // Fills gradients with zeros, after the checks of a step.
   void zero(py::handle grads);
 
-  size_t size() const { return ready_; }
+  size_t size() const;
   bool grouped() const { return grouped_; }
   // Of each group, in order.
   std::vector<std::shared_ptr<const Structure>> structures() const;
   const char* isa() const { return isa_.name; }
-  // {"step": int, "exp_avg": array, ...}, with views of the moments.
+
+  // {"step": int, "exp_avg": array, ...}: views of each stream of ours that has values.
   py::dict state(size_t index) const;
   // {"step": [int, ...], "exp_avg": [array, ...], ...}: the same of all parameters at once, for our
   // own use, as the arrays are the optimizer's own. None where one has no such stream.
   py::dict all_state() const;
-  // These two and all_state() need exclusive use.
-  void set_step(size_t index, int64_t step) { slots_.at(index).step = step; }
-  // Makes the stream that amsgrad needs for all of these, where there is none yet, or for none.
-  void make_max_exp_avg_sq(const std::vector<size_t>& indices);
+
+  // Makes streams that these parameters do not have yet: all of them or none. Needs exclusive use.
+  void make_streams(const std::vector<std::pair<size_t, std::string>>& wanted);
+  // The state of a parameter is about to be written from outside: its step count, and the streams
+  // that will have values. The others are as at the beginning. Needs exclusive use.
+  void reset_state(size_t index, int64_t step, const std::vector<std::string>& present);
+
+  // Buffers for the gradients of a group.
+  py::list new_grads(size_t group) const;
+
+  // The averages of a group's parameters, as views; None where there is none. One that has not begun
+  // is a copy of its param.
+  py::list averages(size_t group);
+  // Exchanges every parameter with its average, and back. In between, the optimizer can be used for
+  // nothing else. ValueError where there are no averages.
+  void exchange_averages(bool back);
 
   // Exclusive use, as a context manager: RuntimeError where another thread has it.
   void enter();
   void exit() { busy_.store(false, std::memory_order_release); }
 
  private:
-  struct Slot {
-    py::object param;
-    py::object exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one may be null
-    ArrayFacts state;                                // of exp_avg, which nobody else can change;
-                                                     // of param until there is one
-    Streams streams;                                 // param and grad: of the step that runs
-    int64_t step;
-    const void* indexed_data;  // of param, when memory_ was made
-    bool mapped;               // is param of a memory map?
-    size_t grad_hint;          // for memory_.owner_of_overlap
-    size_t group, leaf;        // where its path stands
-  };
   struct Group {
     std::shared_ptr<const Structure> structure;
     py::tuple params;
@@ -88,35 +90,37 @@ class Optimizer {
   class Exclusive;
   class StepScope;
 
+  void take_use();
   Place place(const char* role, const Slot& slot) const;
-  std::string owner_text(int64_t owner) const;
-  // Has the caller's allocator make this many arrays for each of the slots.
-  std::vector<std::vector<py::object>> allocate(const std::vector<size_t>& indices,
-                                                int streams) const;
-  static void set_max_exp_avg_sq(Slot& slot, const py::object& array);
-  // Lists all written memory anew; ValueError where two of its arrays overlap.
+  static Place place_in(const Group& group, const char* role, size_t leaf);
+  // Lists all that may be written, with slots of a group that is being added; ValueError where two of
+  // their arrays overlap.
+  void list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group& group);
   void index_memory();
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
   void flatten_grads(py::handle grads);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
-  void check_and_plan();
-  bool make_missing_maxima();
+  void check_grads_are_clearable(const char* reason);
+  void check_and_plan(bool zero_grad);
+  bool make_missing_streams();
+  void make_streams(const std::vector<std::pair<size_t, Stream>>& wanted);
 
   const Isa& isa_;
   const int max_threads_;
-  const py::object allocate_;
   const OptionReader reader_;
   const py::str params_key_;
-  // Of changes to slots_ and groups_, other than by steps, against state() and structures().
+  // Of changes to slots_ and groups_, other than by steps, against those that read without
+  // exclusive use.
   mutable std::mutex slots_mutex_;
   std::vector<Slot> slots_;
-  std::atomic<size_t> ready_{0};  // slots that are whole; more while a group is being added
   std::vector<Group> groups_;
   std::atomic<bool> grouped_{false};
-  WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
+  bool exchanged_ = false;  // are the averages in the place of their params?
+  WrittenMemory memory_;    // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
+  WrittenMemory cleared_;  // gradients that this step sets to zeros
   // Of the step that runs; kept between steps for their memory only.
   StepPlan plan_;
   std::vector<py::object> grads_;

@@ -1,7 +1,8 @@
 #include "options.hpp"
 
 #include <cmath>
-#include <cstring>
+#include <tuple>
+#include <utility>
 
 #include "containers.hpp"
 #include "text.hpp"
@@ -21,12 +22,6 @@ std::string place(const std::string& where, py::handle key) {
 [[noreturn]] void refuse_type(const std::string& where, const char* expected, py::handle found) {
   throw py::type_error(where + " must be " + expected + ", got " + repr_text(found) + " of type " +
                        std::string(Py_TYPE(found.ptr())->tp_name) + ".");
-}
-
-py::object required(const py::dict& group, py::handle key, const std::string& where) {
-  py::object value = dict_item(group, key);
-  if (!value) throw py::value_error(place(where, key) + " is missing.");
-  return value;
 }
 
 // NumPy would make a float of a text, of raw bytes, or of a complex number without its second part.
@@ -64,52 +59,129 @@ bool flag(py::handle value, const std::string& where, py::handle key) {
   refuse_type(place(where, key), "True or False", value);
 }
 
-double finite_not_negative(py::handle value, const std::string& where, py::handle key) {
+double not_negative(py::handle value, const std::string& where, py::handle key) {
   const auto here = [&] { return place(where, key); };
   const double x = number(value, here);
   if (!(x >= 0.0) || std::isinf(x)) refuse(here(), "finite and >= 0", value);
   return x;
 }
 
-double beta(py::handle betas, py::ssize_t i, const std::string& where, py::handle key) {
-  const py::object value = py::reinterpret_steal<py::object>(PySequence_GetItem(betas.ptr(), i));
-  if (!value) throw py::error_already_set();
-  const auto here = [&] { return place(where, key) + "[" + std::to_string(i) + "]"; };
+template <class Place>
+double fraction(py::handle value, const Place& here) {
   const double x = number(value, here);
   if (!(x >= 0.0 && x < 1.0)) refuse(here(), ">= 0 and < 1", value);
   return x;
+}
+
+double fraction_or_none(py::handle value, const std::string& where, py::handle key) {
+  if (value.is_none()) return HyperParameters::kNone;
+  return fraction(value, [&] { return place(where, key); });
+}
+
+std::pair<double, double> two_betas(py::handle betas, const std::string& where, py::handle key) {
+  const bool is_pair = PyTuple_Check(betas.ptr()) || PyList_Check(betas.ptr());
+  if (!is_pair) refuse_type(place(where, key), "a pair of numbers", betas);
+  if (Py_SIZE(betas.ptr()) != 2) refuse(place(where, key), "a pair of numbers", betas);
+  const auto beta = [&](py::ssize_t i) {
+    const py::object value = py::reinterpret_steal<py::object>(PySequence_GetItem(betas.ptr(), i));
+    if (!value) throw py::error_already_set();
+    return fraction(value, [&] { return place(where, key) + "[" + std::to_string(i) + "]"; });
+  };
+  const double beta1 = beta(0);
+  return {beta1, beta(1)};
 }
 
 py::str interned(const char* name) {
   return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
 }
 
+const char* name_of(OptionKind kind) {
+  switch (kind) {
+    case OptionKind::kNotNegative:
+      return "number";
+    case OptionKind::kBetas:
+      return "betas";
+    case OptionKind::kFlag:
+      return "flag";
+    case OptionKind::kFractionOrNone:
+      return "fraction or None";
+  }
+  return "";
+}
+
+py::object default_of(const OptionInfo& option) {
+  const HyperParameters defaults;
+  switch (option.kind) {
+    case OptionKind::kNotNegative:
+      return py::float_(defaults.*option.number);
+    case OptionKind::kBetas:
+      return py::make_tuple(defaults.beta1, defaults.beta2);
+    case OptionKind::kFlag:
+      return py::bool_(defaults.*option.flag);
+    case OptionKind::kFractionOrNone:
+      break;
+  }
+  return py::none();
+}
+
 }  // namespace
 
-OptionReader::OptionReader()
-    : lr_(interned("lr")),
-      betas_(interned("betas")),
-      eps_(interned("eps")),
-      weight_decay_(interned("weight_decay")),
-      amsgrad_(interned("amsgrad")),
-      maximize_(interned("maximize")),
-      decoupled_weight_decay_(interned("decoupled_weight_decay")) {}
+const std::vector<OptionInfo>& option_table() {
+  using Kind = OptionKind;
+  using H = HyperParameters;
+  static const std::vector<OptionInfo> table = {
+      {"lr", Kind::kNotNegative, 1, &H::lr, nullptr},
+      {"betas", Kind::kBetas, 1, nullptr, nullptr},
+      {"eps", Kind::kNotNegative, 1, &H::eps, nullptr},
+      {"weight_decay", Kind::kNotNegative, 1, &H::weight_decay, nullptr},
+      {"amsgrad", Kind::kFlag, 1, nullptr, &H::amsgrad},
+      {"maximize", Kind::kFlag, 1, nullptr, &H::maximize},
+      {"decoupled_weight_decay", Kind::kFlag, 1, nullptr, &H::decoupled_weight_decay},
+      {"ema_decay", Kind::kFractionOrNone, 2, &H::ema_decay, nullptr},
+  };
+  return table;
+}
+
+py::list options_for_python() {
+  py::list rows;
+  for (const OptionInfo& option : option_table()) {
+    py::dict row;
+    row["name"] = option.name;
+    row["kind"] = name_of(option.kind);
+    row["format"] = option.format;
+    row["default"] = default_of(option);
+    rows.append(row);
+  }
+  return rows;
+}
+
+OptionReader::OptionReader() {
+  for (const OptionInfo& option : option_table()) keys_.push_back(interned(option.name));
+}
 
 HyperParameters OptionReader::read(const py::dict& group, const std::string& where) const {
-  const auto get = [&](py::handle key) { return required(group, key, where); };
+  const std::vector<OptionInfo>& table = option_table();
   HyperParameters hyper;
-  hyper.lr = finite_not_negative(get(lr_), where, lr_);
-  const py::object betas = get(betas_);
-  const bool is_pair = (PyTuple_Check(betas.ptr()) || PyList_Check(betas.ptr()));
-  if (!is_pair) refuse_type(place(where, betas_), "a pair of numbers", betas);
-  if (Py_SIZE(betas.ptr()) != 2) refuse(place(where, betas_), "a pair of numbers", betas);
-  hyper.beta1 = beta(betas, 0, where, betas_);
-  hyper.beta2 = beta(betas, 1, where, betas_);
-  hyper.eps = finite_not_negative(get(eps_), where, eps_);
-  hyper.weight_decay = finite_not_negative(get(weight_decay_), where, weight_decay_);
-  hyper.amsgrad = flag(get(amsgrad_), where, amsgrad_);
-  hyper.maximize = flag(get(maximize_), where, maximize_);
-  hyper.decoupled_weight_decay = flag(get(decoupled_weight_decay_), where, decoupled_weight_decay_);
+  for (size_t i = 0; i < table.size(); ++i) {
+    const OptionInfo& option = table[i];
+    const py::str& key = keys_[i];
+    const py::object value = dict_item(group, key);
+    if (!value) throw py::value_error(place(where, key) + " is missing.");
+    switch (option.kind) {
+      case OptionKind::kNotNegative:
+        hyper.*option.number = not_negative(value, where, key);
+        break;
+      case OptionKind::kBetas:
+        std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);
+        break;
+      case OptionKind::kFlag:
+        hyper.*option.flag = flag(value, where, key);
+        break;
+      case OptionKind::kFractionOrNone:
+        hyper.*option.number = fraction_or_none(value, where, key);
+        break;
+    }
+  }
   return hyper;
 }
 

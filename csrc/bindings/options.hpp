@@ -1,15 +1,39 @@
-// Hyper-parameters from Python: read, checked, and refused with the place they were found at.
+// The options of a parameter group: a table of them, and their values from Python, read, checked, and
+// refused with the place they were found at.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "../coefficients.hpp"
 
 namespace fused_adam {
 
 namespace py = pybind11;
+
+// What an option may be.
+enum class OptionKind {
+  kNotNegative,     // a finite number >= 0
+  kBetas,           // a pair of numbers, >= 0 and < 1
+  kFlag,            // True or False
+  kFractionOrNone,  // a number >= 0 and < 1, or None
+};
+
+// Its default is that of its member in HyperParameters.
+struct OptionInfo {
+  const char* name;
+  OptionKind kind;
+  int format;  // of checkpoint files: the first one that knows it
+  double HyperParameters::*number;
+  bool HyperParameters::*flag;
+};
+
+const std::vector<OptionInfo>& option_table();
+
+// The table for Python: a list of {"name": str, "kind": str, "format": int, "default": object}.
+py::list options_for_python();
 
 // Reads the options of a parameter group, a dict as in torch.optim. TypeError for a wrong Python
 // type, ValueError for a value out of range or a missing key. where: "param_groups[0]", or "" for
@@ -20,7 +44,7 @@ class OptionReader {
   HyperParameters read(const py::dict& group, const std::string& where) const;
 
  private:
-  py::str lr_, betas_, eps_, weight_decay_, amsgrad_, maximize_, decoupled_weight_decay_;
+  std::vector<py::str> keys_;  // interned, in the order of the table
 };
 
 }  // namespace fused_adam

@@ -1,31 +1,12 @@
-// Load, rule, store over a slice, vector by vector. The tail runs the same rule on a part of one.
+// The stage that is Adam: load, rule, store, vector by vector. The tail runs the same rule on a part
+// of one.
 #pragma once
 
 #include "adam_rule.hpp"
-#include "kernel.hpp"
+#include "lanes.hpp"
 
 namespace fused_adam {
 namespace {
-
-template <class F>
-struct WholeVector {
-  using T = typename F::Scalar;
-  F load(const T* p) const { return F::load(p); }
-  void store(T* p, F x) const { fused_adam::store(p, x); }
-};
-
-template <class F>
-struct FirstLanes {
-  using T = typename F::Scalar;
-  int n;
-  F load(const T* p) const { return F::load_n(p, n); }
-  void store(T* p, F x) const { fused_adam::store_n(p, x, n); }
-};
-
-inline const StepCoefficients<float>& of_type(const CoefficientSet& all, float) { return all.f32; }
-inline const StepCoefficients<double>& of_type(const CoefficientSet& all, double) {
-  return all.f64;
-}
 
 template <class F>
 inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
@@ -42,14 +23,14 @@ inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
 }
 
 template <class F, bool l2, bool amsgrad, bool lerp_from_grad>
-void update_slice(const Streams& streams, int64_t begin, int64_t end,
-                  const Coefficients<typename F::Scalar>& narrowed) {
+void update(const Streams& streams, int64_t count,
+            const Coefficients<typename F::Scalar>& narrowed) {
   using T = typename F::Scalar;
-  T* const param = static_cast<T*>(streams.param);
-  const T* const grad = static_cast<const T*>(streams.grad);
-  T* const exp_avg = static_cast<T*>(streams.exp_avg);
-  T* const exp_avg_sq = static_cast<T*>(streams.exp_avg_sq);
-  T* const max_exp_avg_sq = static_cast<T*>(streams.max_exp_avg_sq);
+  T* const param = stream<T>(streams, kParam);
+  const T* const grad = stream<const T>(streams, kGrad);
+  T* const exp_avg = stream<T>(streams, kExpAvg);
+  T* const exp_avg_sq = stream<T>(streams, kExpAvgSq);
+  T* const max_exp_avg_sq = stream<T>(streams, kMaxExpAvgSq);
   const Coefficients<F> k = broadcast<F>(narrowed);
 
   const auto first_half = [&](int64_t i, auto lanes) {
@@ -73,10 +54,10 @@ void update_slice(const Streams& streams, int64_t begin, int64_t end,
   // CPU sees only so many instructions ahead, and more vectors in them if that chain is cut in two.
   // 3 to 4 % in AVX2 float32, 10 % at times when other machines on the host are busy.
   constexpr WholeVector<F> whole;
-  int64_t i = begin;
-  if (i + F::width <= end) {
+  int64_t i = 0;
+  if (i + F::width <= count) {
     Fraction<F> step = first_half(i, whole);
-    for (; i + 2 * F::width <= end; i += F::width) {
+    for (; i + 2 * F::width <= count; i += F::width) {
       const Fraction<F> next = first_half(i + F::width, whole);
       second_half(i, step, whole);
       step = next;
@@ -84,8 +65,8 @@ void update_slice(const Streams& streams, int64_t begin, int64_t end,
     second_half(i, step, whole);
     i += F::width;
   }
-  if (i < end) {
-    const FirstLanes<F> lanes{static_cast<int>(end - i)};
+  if (i < count) {
+    const FirstLanes<F> lanes{static_cast<int>(count - i)};
     second_half(i, first_half(i, lanes), lanes);
   }
 }
@@ -93,11 +74,11 @@ void update_slice(const Streams& streams, int64_t begin, int64_t end,
 // Chosen here and not in the rule, where it became a select by address, by way of the stack: 5 %
 // slower in AVX2, 11 % in AVX-512 float32.
 template <class F, bool l2, bool amsgrad>
-void adam_kernel(const Streams& streams, int64_t begin, int64_t end, const CoefficientSet& all) {
+void adam_stage(const Streams& streams, int64_t count, const CoefficientSet& all) {
   const auto& narrowed = of_type(all, typename F::Scalar());
-  const auto update = narrowed.lerp_from_grad ? update_slice<F, l2, amsgrad, true>
-                                              : update_slice<F, l2, amsgrad, false>;
-  update(streams, begin, end, narrowed.k);
+  const auto stage = narrowed.lerp_from_grad ? update<F, l2, amsgrad, true>
+                                             : update<F, l2, amsgrad, false>;
+  stage(streams, count, narrowed.k);
 }
 
 }  // namespace

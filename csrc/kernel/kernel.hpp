@@ -1,12 +1,13 @@
 // The border between the kernels and the rest: plain data and function pointers.
 //
-// Kernel files see only this header, coefficients.hpp and intrinsics, so that no inline function is
+// Kernel files see only this header, what it includes, and intrinsics, so that no inline function is
 // ever compiled both with and without the flags of an ISA (the linker would keep either).
 #pragma once
 
 #include <stdint.h>
 
 #include "../coefficients.hpp"
+#include "../streams.hpp"
 
 namespace fused_adam {
 
@@ -14,36 +15,21 @@ namespace fused_adam {
 // (coefficients.cpp): equal ids give equal bits. Whoever changes a rounding changes the id.
 constexpr char kNumerics[] = "adam-1";
 
-// The arrays of one parameter, all of one dtype and one length.
-struct Streams {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-};
+// One thing that is done to a piece of a parameter: to the first `count` elements of its streams.
+using Stage = void (*)(const Streams&, int64_t count, const CoefficientSet&);
 
-// Updates the elements [begin, end).
-using Kernel = void (*)(const Streams&, int64_t begin, int64_t end, const CoefficientSet&);
-
-enum DType { kFloat32, kFloat64, kDTypes };
-
-// The forms of the rule that need code of their own; variants.hpp lists them.
-struct Form {
-  bool l2;
-  bool amsgrad;
-};
-
-struct KernelTable {
-  Kernel kernels[kDTypes][2][2];
-
-  Kernel at(DType dtype, Form form) const { return kernels[dtype][form.l2][form.amsgrad]; }
+// The stages of one ISA. variants.hpp lists them; step.cpp puts steps together from them.
+struct StageTable {
+  Stage adam[kDTypes][2][2];  // with L2 decay, with amsgrad
+  Stage begin_average[kDTypes];
+  Stage average[kDTypes];
+  Stage clear_grad[kDTypes];
 };
 
 // One table per ISA, each compiled with flags of its own; dispatch.cpp says which exist.
-extern const KernelTable kernels_scalar;
-extern const KernelTable kernels_avx2;
-extern const KernelTable kernels_avx512;
-extern const KernelTable kernels_neon;
+extern const StageTable stages_scalar;
+extern const StageTable stages_avx2;
+extern const StageTable stages_avx512;
+extern const StageTable stages_neon;
 
 }  // namespace fused_adam

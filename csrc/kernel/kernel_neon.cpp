@@ -1,4 +1,4 @@
 #include "../simd/neon.hpp"
 #include "variants.hpp"
 
-const fused_adam::KernelTable fused_adam::kernels_neon = kernel_table<F32x4, F64x2>();
+const fused_adam::StageTable fused_adam::stages_neon = stage_table<F32x4, F64x2>();

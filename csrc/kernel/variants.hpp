@@ -1,20 +1,27 @@
-// The combinations that exist, in full view. F32 and F64 are the vector types of one ISA.
+// The stages that exist, in full view. F32 and F64 are the vector types of one ISA.
 #pragma once
 
 #include "adam_kernel.hpp"
+#include "average_kernel.hpp"
+#include "clear_kernel.hpp"
 
 namespace fused_adam {
 namespace {
 
-// Only what changes the formula or adds a stream is a variant. An option that is a number (lr, eps,
-// maximize, decoupled decay) is a coefficient and costs no code.
+// Only what changes the formula is a variant of it. An option that is a number (lr, eps, maximize,
+// decoupled decay) is a coefficient, and one that only adds to a step is a stage of its own.
 template <class F32, class F64>
-constexpr KernelTable kernel_table() {
-  //                    l2     amsgrad
-  return {{{{adam_kernel<F32, false, false>, adam_kernel<F32, false, true>},
-            {adam_kernel<F32, true, false>, adam_kernel<F32, true, true>}},
-           {{adam_kernel<F64, false, false>, adam_kernel<F64, false, true>},
-            {adam_kernel<F64, true, false>, adam_kernel<F64, true, true>}}}};
+constexpr StageTable stage_table() {
+  return {
+      //  l2     amsgrad
+      {{{adam_stage<F32, false, false>, adam_stage<F32, false, true>},
+        {adam_stage<F32, true, false>, adam_stage<F32, true, true>}},
+       {{adam_stage<F64, false, false>, adam_stage<F64, false, true>},
+        {adam_stage<F64, true, false>, adam_stage<F64, true, true>}}},
+      {begin_average_stage<F32>, begin_average_stage<F64>},
+      {average_stage<F32>, average_stage<F64>},
+      {clear_stage<F32>, clear_stage<F64>},
+  };
 }
 
 }  // namespace

@@ -1,0 +1,36 @@
+#include "slot.hpp"
+
+namespace fused_adam {
+
+Slot::Slot(py::object param, const Place& place, size_t group_index, size_t leaf_index)
+    : group(group_index), leaf(leaf_index), layout_(array_facts(param, place)) {
+  shape_.assign(layout_.shape, layout_.shape + layout_.nd);
+  layout_.shape = shape_.data();  // of our own, which stays where it is when a slot moves
+  set(kParam, std::move(param));
+}
+
+void Slot::set(Stream stream, py::object array) {
+  streams.at[stream] = py::detail::array_proxy(array.ptr())->data;
+  arrays_[stream] = std::move(array);
+  awaited_[stream] = kStreamTable[stream].initial == Initial::kCopyOfParam;
+}
+
+NewArray Slot::new_array(Stream stream) const {
+  ArrayFacts facts = layout_;
+  facts.data = py::detail::array_proxy(param().ptr())->data;  // where it is now
+  return {facts, stream};
+}
+
+void Slot::add_to(WrittenMemory& memory, int64_t owner) {
+  listed_data = py::detail::array_proxy(param().ptr())->data;
+  for (const StreamInfo& info : kStreamTable) {
+    if (info.access != Access::kUpdated || !has(info.stream)) continue;
+    const bool is_param = info.stream == kParam;
+    const void* data = is_param ? listed_data : streams.at[info.stream];
+    memory.add({data, bytes_of(info.stream, layout_.dtype, layout_.size),
+                is_param && layout_.mapped},
+               owner + info.stream);
+  }
+}
+
+}  // namespace fused_adam

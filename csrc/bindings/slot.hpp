@@ -1,0 +1,56 @@
+// One parameter with all memory that belongs to it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdint.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../overlap.hpp"
+#include "../stream_table.hpp"
+#include "arrays.hpp"
+#include "memory.hpp"
+
+namespace fused_adam {
+
+namespace py = pybind11;
+
+class Slot {
+ public:
+  // group, leaf: where its path stands. TypeError or ValueError where param is not taken.
+  Slot(py::object param, const Place& place, size_t group, size_t leaf);
+
+  py::handle param() const { return arrays_[kParam]; }
+  // What param was when it was taken: what it is now has to be the same.
+  const ArrayFacts& layout() const { return layout_; }
+  bool has(Stream stream) const { return arrays_[stream].ptr() != nullptr; }
+  const py::object& array(Stream stream) const { return arrays_[stream]; }
+  void set(Stream stream, py::object array);
+
+  // What to make for a stream of this parameter.
+  NewArray new_array(Stream stream) const;
+
+  // A stream that begins as a copy of param has no values before its first step.
+  bool has_values(Stream stream) const { return has(stream) && !awaited_[stream]; }
+  void set_values(Stream stream, bool there) { awaited_[stream] = !there; }
+
+  // Lists what a step may write. owner: its number for the first stream, counted on from there.
+  void add_to(WrittenMemory& memory, int64_t owner);
+
+  Streams streams = {};  // param and grad: of the step that runs
+  int64_t step = 0;
+  const void* listed_data = nullptr;  // of param, by the last add_to
+  size_t grad_hint = 0;               // for WrittenMemory::owner_of_overlap
+  size_t group, leaf;
+
+ private:
+  py::object arrays_[kStreams];  // null where there is none; no grad
+  std::vector<py::ssize_t> shape_;
+  ArrayFacts layout_;
+  bool awaited_[kStreams] = {};
+};
+
+}  // namespace fused_adam

@@ -1,0 +1,43 @@
+// How a stage goes through its elements: whole vectors, then the first lanes of one.
+#pragma once
+
+#include "kernel.hpp"
+
+namespace fused_adam {
+namespace {
+
+template <class F>
+struct WholeVector {
+  using T = typename F::Scalar;
+  F load(const T* p) const { return F::load(p); }
+  void store(T* p, F x) const { fused_adam::store(p, x); }
+};
+
+template <class F>
+struct FirstLanes {
+  using T = typename F::Scalar;
+  int n;
+  F load(const T* p) const { return F::load_n(p, n); }
+  void store(T* p, F x) const { fused_adam::store_n(p, x, n); }
+};
+
+// body(i, lanes) is the same code for both, so that a tail has the bits of a body.
+template <class F, class Body>
+inline void for_vectors(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + F::width <= count; i += F::width) body(i, WholeVector<F>{});
+  if (i < count) body(i, FirstLanes<F>{static_cast<int>(count - i)});
+}
+
+template <class T>
+inline T* stream(const Streams& streams, Stream which) {
+  return static_cast<T*>(streams.at[which]);
+}
+
+inline const StepCoefficients<float>& of_type(const CoefficientSet& all, float) { return all.f32; }
+inline const StepCoefficients<double>& of_type(const CoefficientSet& all, double) {
+  return all.f64;
+}
+
+}  // namespace
+}  // namespace fused_adam

@@ -1,0 +1,93 @@
+// What belongs to a parameter: a row for each stream of memory. Everything that deals with streams
+// walks this table: allocation, checks, the state that users see, checkpoints, tests.
+#pragma once
+
+#include <stdint.h>
+
+#include "coefficients.hpp"
+#include "streams.hpp"
+
+namespace fused_adam {
+
+enum class Access {
+  kRead,     // the gradient; it is set to zeros, too, in a step that is asked to
+  kUpdated,  // read and written
+};
+
+// What a stream begins as.
+enum class Initial {
+  kCallers,      // an array of the caller
+  kZeros,        // an array of ours, as the next
+  kCopyOfParam,  // as it is when the first step begins that has this stream
+};
+
+struct StreamInfo {
+  Stream stream;
+  const char* name;  // in state, checkpoints, arguments and messages
+  Access access;
+  Initial initial;
+  int elements_per_entry;  // of param
+  int page_offset;         // where a large array begins in a page, counted from param's beginning
+  int format;              // the first one of checkpoint files that has it
+  const char* option;      // the one that asks for it; null where every step needs it
+  bool (*wanted)(const HyperParameters&);  // is it asked for?
+};
+
+constexpr bool always(const HyperParameters&) { return true; }
+constexpr bool with_amsgrad(const HyperParameters& hyper) { return hyper.amsgrad; }
+constexpr bool with_ema(const HyperParameters& hyper) { return hyper.keeps_ema(); }
+
+// clang-format off
+constexpr StreamInfo kStreamTable[kStreams] = {
+    {kParam,       "param",          Access::kUpdated, Initial::kCallers,     1,    0, 1, nullptr,     always},
+    {kGrad,        "grad",           Access::kRead,    Initial::kCallers,     1, 2560, 1, nullptr,     always},
+    {kExpAvg,      "exp_avg",        Access::kUpdated, Initial::kZeros,       1, 1024, 1, nullptr,     always},
+    {kExpAvgSq,    "exp_avg_sq",     Access::kUpdated, Initial::kZeros,       1, 2048, 1, nullptr,     always},
+    {kMaxExpAvgSq, "max_exp_avg_sq", Access::kUpdated, Initial::kZeros,       1, 3072, 1, "amsgrad",   with_amsgrad},
+    {kEma,         "ema",            Access::kUpdated, Initial::kCopyOfParam, 1,  512, 2, "ema_decay", with_ema},
+};
+// clang-format on
+
+constexpr bool table_is_in_order() {
+  for (int i = 0; i < kStreams; ++i) {
+    if (kStreamTable[i].stream != i) return false;
+  }
+  return true;
+}
+static_assert(table_is_in_order(), "kStreamTable is indexed by Stream");
+
+constexpr bool is_ours(const StreamInfo& info) { return info.initial != Initial::kCallers; }
+
+// These two have no default: what is forgotten in them does not compile (-Werror=switch).
+
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case kFloat32:
+      return 4;
+    case kFloat64:
+      return 8;
+  }
+  return 0;
+}
+
+// What the entries of a stream are stored as, for a param of that type.
+constexpr DType dtype_of(Stream stream, DType param) {
+  switch (stream) {
+    case kParam:
+    case kGrad:
+    case kExpAvg:
+    case kExpAvgSq:
+    case kMaxExpAvgSq:
+    case kEma:
+      return param;
+  }
+  return param;
+}
+
+// The bytes of a stream that belong to so many elements of a param of that type.
+constexpr int64_t bytes_of(Stream stream, DType param, int64_t elements) {
+  const int per_entry = kStreamTable[stream].elements_per_entry;
+  return (elements + per_entry - 1) / per_entry * size_of(dtype_of(stream, param));
+}
+
+}  // namespace fused_adam

@@ -1,0 +1,20 @@
+// The streams of memory that belong to one parameter. What each of them is: stream_table.hpp.
+//
+// Plain data and no functions: kernel files include it.
+#pragma once
+
+namespace fused_adam {
+
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEma };
+constexpr int kStreams = kEma + 1;
+
+// What elements are stored as.
+enum DType { kFloat32, kFloat64 };
+constexpr int kDTypes = kFloat64 + 1;
+
+// Where each stream of a parameter begins, or of a piece of one; null where there is none.
+struct Streams {
+  void* at[kStreams];
+};
+
+}  // namespace fused_adam
