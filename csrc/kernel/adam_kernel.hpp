@@ -72,7 +72,7 @@ void update_slice(const Streams& streams, int64_t begin, int64_t end,
   // The first half runs one vector ahead. A param waits for a root, then for a division by it; a
   // CPU sees only so many instructions ahead, and more vectors in them if that chain is cut in two.
   // 3 to 4 % in AVX2 float32, 10 % at times when other machines on the host are busy.
-  constexpr WholeVector<F> whole;
+  constexpr WholeVector<F> whole{};
   int64_t i = begin;
   if (i + F::width <= end) {
     Fraction<F> step = first_half(i, whole);
