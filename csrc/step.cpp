@@ -55,8 +55,7 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool
 void StepPlan::run(const StageTable& table, int max_threads) noexcept {
   if (arrays_.empty()) return;
   const int64_t lines = arrays_.back().line_end;
-  for_lines(lines, max_threads,
-            [&](int64_t begin, int64_t end) { run_lines(table, begin, end); });
+  for_lines(lines, max_threads, [&](int64_t begin, int64_t end) { run_lines(table, begin, end); });
 }
 
 void StepPlan::run_lines(const StageTable& table, int64_t begin, int64_t end) const noexcept {

@@ -130,8 +130,7 @@ class Digest {
 
 // Of arrays of all lengths below many vectors, and of one that is large enough for threads.
 template <class T>
-uint64_t digest(const StageTable& stages, DType dtype, void (*set)(HyperParameters&),
-                int threads) {
+uint64_t digest(const StageTable& stages, DType dtype, void (*set)(HyperParameters&), int threads) {
   HyperParameters hyper = {};
   hyper.lr = 1e-3;
   hyper.beta1 = 0.9;

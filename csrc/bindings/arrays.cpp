@@ -233,9 +233,9 @@ void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts&
                   const Place* model_place) {
   const Difference differs(place, model_place);
   if (array.dtype != model.dtype) {
-    throw py::type_error(differs.of("has", "had", "dtype ", dtype_name(array.dtype),
-                                    dtype_name(model.dtype)) +
-                         (model_place != nullptr ? " Both must be the same." : ""));
+    throw py::type_error(
+        differs.of("has", "had", "dtype ", dtype_name(array.dtype), dtype_name(model.dtype)) +
+        (model_place != nullptr ? " Both must be the same." : ""));
   }
   if (!same_shape(array, model)) {
     throw py::value_error(differs.of("has", "had", "shape ", shape_text(array), shape_text(model)));
@@ -247,10 +247,9 @@ void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts&
       return facts.c_contiguous ? "C order" : "Fortran order";
     };
     const char* function = model.c_contiguous ? "np.ascontiguousarray" : "np.asfortranarray";
-    throw py::value_error(differs.of("is in", "was in", "", order(array), order(model)) +
-                          (model_place == nullptr
-                               ? ""
-                               : std::string(" Use ") + function + " on one of them."));
+    throw py::value_error(
+        differs.of("is in", "was in", "", order(array), order(model)) +
+        (model_place == nullptr ? "" : std::string(" Use ") + function + " on one of them."));
   }
 }
 

@@ -49,8 +49,9 @@ ArrayFacts array_facts(py::handle object, const Place& place);
 // ValueError where the array cannot be written; reason goes on "... is read-only, but".
 void require_writeable(py::handle array, const Place& place, const char* reason);
 
-// Is the array as its model is? TypeError for another dtype, ValueError for another shape or layout.
-// model_place: null where the model is what the array itself was, when its optimizer was made.
+// Is the array as its model is? TypeError for another dtype, ValueError for another shape or
+// layout. model_place: null where the model is what the array itself was, when its optimizer was
+// made.
 void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
                   const Place* model_place);
 

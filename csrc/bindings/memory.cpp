@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line, and of the widest vector
 constexpr int64_t kPage = 4096;
-constexpr int64_t kLarge = 64 * kPage;           // from here on, a page more is below half a percent
+constexpr int64_t kLarge = 64 * kPage;  // from here on, a page more is below half a percent
 constexpr int64_t kHugePages = int64_t{1} << 22;  // as in NumPy
 
 int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -29,14 +29,10 @@ void ask_for_huge_pages([[maybe_unused]] char* begin, [[maybe_unused]] int64_t b
 #endif
 }
 
-// A view of the block from this place on: shape and order are those of param where the stream has an
-// entry for each of its elements; else the entries stand in a row.
+// A view of the block from this place on, in the order of param.
 py::object view_of(const py::array& block, char* begin, Stream stream, const ArrayFacts& param) {
   const DType dtype = dtype_of(stream, param.dtype);
-  std::vector<py::ssize_t> shape(param.shape, param.shape + param.nd);
-  if (kStreamTable[stream].elements_per_entry != 1) {
-    shape = {bytes_of(stream, param.dtype, param.size) / size_of(dtype)};
-  }
+  std::vector<py::ssize_t> shape = shape_of(stream, param);
   std::vector<py::ssize_t> strides(shape.size());
   int64_t stride = size_of(dtype);
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -48,6 +44,11 @@ py::object view_of(const py::array& block, char* begin, Stream stream, const Arr
 }
 
 }  // namespace
+
+std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param) {
+  if (kStreamTable[stream].elements_per_entry == 1) return {param.shape, param.shape + param.nd};
+  return {bytes_of(stream, param.dtype, param.size) / size_of(dtype_of(stream, param.dtype))};
+}
 
 std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted) {
   std::vector<int64_t> starts;
@@ -67,8 +68,8 @@ std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted) {
   void* const memory = PyMem_RawCalloc(static_cast<size_t>(end + kPage), 1);
   if (memory == nullptr) throw std::bad_alloc();
   const py::capsule owner(memory, &PyMem_RawFree);
-  const py::array block(py::dtype::of<uint8_t>(), {py::ssize_t{end + kPage}}, {py::ssize_t{1}}, memory,
-                        owner);
+  const py::array block(py::dtype::of<uint8_t>(), {py::ssize_t{end + kPage}}, {py::ssize_t{1}},
+                        memory, owner);
   const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory));
   char* const first_page = static_cast<char*>(memory) + within_page(-address);
   ask_for_huge_pages(first_page, end);

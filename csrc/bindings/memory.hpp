@@ -18,14 +18,18 @@ struct NewArray {
   Stream stream;
 };
 
-// Arrays of zeros for these streams of these params. Each starts at a multiple of 64 bytes. Those of
-// a large param lie where the table of streams says, relative to its own beginning within a page: a
-// CPU that compares only the low 12 bits of addresses would otherwise take the load of one stream for
-// a load after the store of another.
+// Of a stream's array: that of param, or one dimension where it has not an entry for each element.
+std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param);
+
+// Arrays of zeros for these streams of these params. Each starts at a multiple of 64 bytes. Those
+// of a large param lie where the table of streams says, relative to its own beginning within a
+// page: a CPU that compares only the low 12 bits of addresses would otherwise take the load of one
+// stream for a load after the store of another.
 //
 // All of them are views of one block, which the operating system fills with zeros only where it is
-// touched: by the threads of the first step. np.zeros does as much, but whoever gets hold of an array
-// that owns its memory, as the base of a view, can resize it under the view. This one refuses.
+// touched: by the threads of the first step. np.zeros does as much, but whoever gets hold of an
+// array that owns its memory, as the base of a view, can resize it under the view. This one
+// refuses.
 std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted);
 
 }  // namespace fused_adam

@@ -46,8 +46,8 @@ std::vector<std::string> streams_of(const py::dict& options) {
   return names;
 }
 
-// What `with opt.ema_weights()` enters. In C++, since no interruption comes between the exchange and
-// the body then.
+// What `with opt.ema_weights()` enters. In C++, since no interruption comes between the exchange
+// and the body then.
 class EmaWeights {
  public:
   explicit EmaWeights(py::object optimizer) : optimizer_(std::move(optimizer)) {}
@@ -111,10 +111,12 @@ void bind(py::module_& m) {
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)
+      .def("layouts", &Optimizer::layouts, py::arg("index"))
       .def("make_streams",
            py::overload_cast<const std::vector<std::pair<size_t, std::string>>&>(
                &Optimizer::make_streams),
            py::arg("wanted"))
+      .def("make_wanted_streams", &Optimizer::make_wanted_streams, py::arg("param_groups"))
       .def("reset_state", &Optimizer::reset_state, py::arg("index"), py::arg("step"),
            py::arg("present"))
       .def("new_grads", &Optimizer::new_grads, py::arg("group"))

@@ -1,5 +1,6 @@
 #include "optimizer.hpp"
 
+#include <pybind11/stl.h>
 #include <string.h>
 
 #include <algorithm>
@@ -128,8 +129,7 @@ void Optimizer::add_group(const py::object& param_groups, const py::dict& option
     const Place here = place_in(group, "", i);
     added.emplace_back(params[i], here, index, i);
     if (!frozen) {
-      require_writeable(params[i], here,
-                        "is to be updated in place. Use a.setflags(write=True).");
+      require_writeable(params[i], here, "is to be updated in place. Use a.setflags(write=True).");
     }
   }
   // Refuses params that overlap, before memory is spent on their state, which overlaps nothing.
@@ -187,6 +187,13 @@ void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts)
   }
 }
 
+void Optimizer::read_groups(py::handle param_groups) {
+  groups_in(param_groups, dicts_);
+  for (size_t i = 0; i < dicts_.size(); ++i) {
+    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
+  }
+}
+
 // --- Memory ------------------------------------------------------------------------------------
 
 void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group& group) {
@@ -235,6 +242,13 @@ void Optimizer::make_streams(const std::vector<std::pair<size_t, std::string>>& 
     if (!slots_.at(index).has(stream)) missing.emplace_back(index, stream);
   }
   make_streams(missing);
+}
+
+void Optimizer::make_wanted_streams(py::handle param_groups) {
+  dicts_.clear();
+  hypers_.clear();
+  read_groups(param_groups);
+  make_missing_streams(false);
 }
 
 // --- The checks of a step ----------------------------------------------------------------------
@@ -339,10 +353,10 @@ void Optimizer::check_and_plan(bool zero_grad) {
 }
 
 // Of options that were switched on since the last step.
-bool Optimizer::make_missing_streams() {
+bool Optimizer::make_missing_streams(bool only_with_grad) {
   std::vector<std::pair<size_t, Stream>> missing;
   for (size_t i = 0; i < slots_.size(); ++i) {
-    if (grads_[i].is_none()) continue;
+    if (only_with_grad && grads_[i].is_none()) continue;
     for (const StreamInfo& info : kStreamTable) {
       const bool needed = is_ours(info) && info.wanted(hypers_[slots_[i].group]);
       if (needed && !slots_[i].has(info.stream)) missing.emplace_back(i, info.stream);
@@ -358,12 +372,9 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) 
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads);
-  groups_in(param_groups, dicts_);
-  for (size_t i = 0; i < dicts_.size(); ++i) {
-    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
-  }
+  read_groups(param_groups);
   check_and_plan(zero_grad);
-  if (make_missing_streams()) check_and_plan(zero_grad);
+  if (make_missing_streams(true)) check_and_plan(zero_grad);
   // From here on nothing can fail.
   {
     const WithoutGil no_gil;
@@ -410,7 +421,8 @@ py::dict Optimizer::state(size_t index) const {
     const Slot& slot = slots_[index];
     step = slot.step;
     for (const StreamInfo& info : kStreamTable) {
-      if (is_ours(info) && slot.has_values(info.stream)) arrays[info.stream] = slot.array(info.stream);
+      if (is_ours(info) && slot.has_values(info.stream))
+        arrays[info.stream] = slot.array(info.stream);
     }
   }
   py::dict state;
@@ -435,6 +447,18 @@ py::dict Optimizer::all_state() const {
     state[info.name] = arrays;
   }
   return state;
+}
+
+py::dict Optimizer::layouts(size_t index) const {
+  const ArrayFacts& param = slots_.at(index).layout();
+  py::dict layouts;
+  for (const StreamInfo& info : kStreamTable) {
+    if (!is_ours(info)) continue;
+    const std::vector<py::ssize_t> shape = shape_of(info.stream, param);
+    layouts[info.name] =
+        py::make_tuple(dtype_name(dtype_of(info.stream, param.dtype)), py::tuple(py::cast(shape)));
+  }
+  return layouts;
 }
 
 py::list Optimizer::new_grads(size_t group) const {

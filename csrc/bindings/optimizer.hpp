@@ -30,8 +30,8 @@ class Optimizer {
   // with an entry for each group. Read-only arrays only where some may be frozen, as in the copy of
   // an optimizer.
   //
-  // All of it or nothing, whatever interrupts it: no code of Python runs once something has changed.
-  // That is why it takes exclusive use here, not in Python.
+  // All of it or nothing, whatever interrupts it: no code of Python runs once something has
+  // changed. That is why it takes exclusive use here, not in Python.
   void add_group(const py::object& param_groups, const py::dict& options,
                  std::shared_ptr<const Structure> structure, bool grouped, bool frozen);
 
@@ -60,8 +60,12 @@ class Optimizer {
   // own use, as the arrays are the optimizer's own. None where one has no such stream.
   py::dict all_state() const;
 
+  // {"exp_avg": ("float32", (3, 4)), ...}: what each stream of ours is or would be.
+  py::dict layouts(size_t index) const;
   // Makes streams that these parameters do not have yet: all of them or none. Needs exclusive use.
   void make_streams(const std::vector<std::pair<size_t, std::string>>& wanted);
+  // Those that the options of the groups ask for. Needs exclusive use.
+  void make_wanted_streams(py::handle param_groups);
   // The state of a parameter is about to be written from outside: its step count, and the streams
   // that will have values. The others are as at the beginning. Needs exclusive use.
   void reset_state(size_t index, int64_t step, const std::vector<std::string>& present);
@@ -69,8 +73,8 @@ class Optimizer {
   // Buffers for the gradients of a group.
   py::list new_grads(size_t group) const;
 
-  // The averages of a group's parameters, as views; None where there is none. One that has not begun
-  // is a copy of its param.
+  // The averages of a group's parameters, as views; None where there is none. One that has not
+  // begun is a copy of its param.
   py::list averages(size_t group);
   // Exchanges every parameter with its average, and back. In between, the optimizer can be used for
   // nothing else. ValueError where there are no averages.
@@ -93,18 +97,21 @@ class Optimizer {
   void take_use();
   Place place(const char* role, const Slot& slot) const;
   static Place place_in(const Group& group, const char* role, size_t leaf);
-  // Lists all that may be written, with slots of a group that is being added; ValueError where two of
-  // their arrays overlap.
+  // Lists all that may be written, with slots of a group that is being added; ValueError where two
+  // of their arrays overlap.
   void list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group& group);
   void index_memory();
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
+  // The checked dicts and their options into dicts_ and hypers_.
+  void read_groups(py::handle param_groups);
   void flatten_grads(py::handle grads);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
   void check_grads_are_clearable(const char* reason);
   void check_and_plan(bool zero_grad);
-  bool make_missing_streams();
+  // For all slots, or those with a gradient in the step that runs; hypers_ are the groups' options.
+  bool make_missing_streams(bool only_with_grad);
   void make_streams(const std::vector<std::pair<size_t, Stream>>& wanted);
 
   const Isa& isa_;

@@ -1,5 +1,5 @@
-// The options of a parameter group: a table of them, and their values from Python, read, checked, and
-// refused with the place they were found at.
+// The options of a parameter group: a table of them, and their values from Python, read, checked,
+// and refused with the place they were found at.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,8 +26,8 @@ struct OptionInfo {
   const char* name;
   OptionKind kind;
   int format;  // of checkpoint files: the first one that knows it
-  double HyperParameters::*number;
-  bool HyperParameters::*flag;
+  double HyperParameters::* number;
+  bool HyperParameters::* flag;
 };
 
 const std::vector<OptionInfo>& option_table();

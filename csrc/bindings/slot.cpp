@@ -27,9 +27,9 @@ void Slot::add_to(WrittenMemory& memory, int64_t owner) {
     if (info.access != Access::kUpdated || !has(info.stream)) continue;
     const bool is_param = info.stream == kParam;
     const void* data = is_param ? listed_data : streams.at[info.stream];
-    memory.add({data, bytes_of(info.stream, layout_.dtype, layout_.size),
-                is_param && layout_.mapped},
-               owner + info.stream);
+    memory.add(
+        {data, bytes_of(info.stream, layout_.dtype, layout_.size), is_param && layout_.mapped},
+        owner + info.stream);
   }
 }
 

@@ -33,7 +33,8 @@ void begin_average_stage(const Streams& streams, int64_t count, const Coefficien
   using T = typename F::Scalar;
   const T* const param = stream<const T>(streams, kParam);
   T* const ema = stream<T>(streams, kEma);
-  for_vectors<F>(count, [&](int64_t i, auto lanes) { lanes.store(ema + i, lanes.load(param + i)); });
+  for_vectors<F>(count,
+                 [&](int64_t i, auto lanes) { lanes.store(ema + i, lanes.load(param + i)); });
 }
 
 }  // namespace

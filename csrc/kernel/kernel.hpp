@@ -1,7 +1,7 @@
 // The border between the kernels and the rest: plain data and function pointers.
 //
-// Kernel files see only this header, what it includes, and intrinsics, so that no inline function is
-// ever compiled both with and without the flags of an ISA (the linker would keep either).
+// Kernel files see only this header, what it includes, and intrinsics, so that no inline function
+// is ever compiled both with and without the flags of an ISA (the linker would keep either).
 #pragma once
 
 #include <stdint.h>

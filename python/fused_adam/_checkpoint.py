@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _core
+from fused_adam._tables import DEFAULTS, STATE, STREAMS, features, unknown_features
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MAX_STEP = 2**62  # of an int64, which leaves as many steps to go
 _MAX_FLOAT_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
@@ -26,12 +26,11 @@ class CheckpointError(ValueError):
 
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
     param_groups = saved_groups(groups, names)
-    amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
+    core.make_wanted_streams(groups)  # those of options that were switched on, and not stepped since
     state = dict(enumerate(copy_state(core)))
-    for index, entry in state.items():
-        if amsgrad[index] and "max_exp_avg_sq" not in entry:  # switched on, and not stepped since
-            entry["max_exp_avg_sq"] = np.zeros_like(entry["exp_avg"])
-    return {"state": state, "param_groups": param_groups}
+    saved: dict[str, Any] = {"state": state, "param_groups": param_groups}
+    required = features(groups, {name for entry in state.values() for name in entry})
+    return {**saved, "requires": required} if required else saved
 
 
 def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
@@ -62,15 +61,15 @@ def copy_state(core: _core.Optimizer) -> list[Entry]:
 
 
 def restore_state(core: _core.Optimizer, entries: list[Entry]) -> None:
-    """Write checked entries into the optimizer; what an entry does not have becomes 0."""
+    """Write checked entries into the optimizer; what an entry does not have is as at the beginning."""
+    streams = [[name for name in entry if name != "step"] for entry in entries]
     # Memory first: the only thing that can fail.
-    core.make_max_exp_avg_sq([i for i, entry in enumerate(entries) if "max_exp_avg_sq" in entry])
-    for index, entry in enumerate(entries):
+    core.make_streams([(index, name) for index, present in enumerate(streams) for name in present])
+    for index, (entry, present) in enumerate(zip(entries, streams, strict=True)):
+        core.reset_state(index, int(entry["step"]), present)
         live = core.state(index)
-        for name in _MOMENTS:
-            if name in live:
-                live[name][...] = entry.get(name, 0)
-        core.set_step(index, int(entry["step"]))
+        for name in present:
+            live[name][...] = entry[name]
 
 
 def load_state_dict(
@@ -84,6 +83,13 @@ def load_state_dict(
     _require(isinstance(checkpoint, Mapping), "state_dict must be a dict", TypeError)
     for key in ("state", "param_groups"):
         _require(key in checkpoint, f"state_dict has no key {key!r}")
+    required = checkpoint.get("requires", [])
+    _require(_is_list(required), "state_dict['requires'] must be a list", TypeError)
+    unknown = unknown_features(required)
+    _require(
+        not unknown,
+        f"state_dict needs {unknown}, of which fused-adam {_core.__version__} does not know. Upgrade fused-adam",
+    )
     groups_read, saved_state = checkpoint["param_groups"], checkpoint["state"]
     _require(_is_list(groups_read), "state_dict['param_groups'] must be a list", TypeError)
     _require(isinstance(saved_state, Mapping), "state_dict['state'] must be a dict", TypeError)
@@ -99,16 +105,19 @@ def load_state_dict(
         ids += _read_ids(saved, len(group["params"]), names[i], where)
         options = {k: v for k, v in saved.items() if k not in {"params", "param_names", *TORCH_FLAGS, *keep}}
         options = {key: plain(value) for key, value in options.items()}
-        new_options.append({**group, **options, **fixed_options})
+        kept = {key: group[key] for key in keep}
+        new_options.append({**group, **DEFAULTS, **options, **kept, **fixed_options})
         _core.check_options(new_options[i], where)
     _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
     known = set(ids)
     unknown = [key for key in saved_state if key not in known]
     _require(not unknown, f"state_dict['state'] has entries of no group: {unknown}")
 
-    amsgrad = [o["amsgrad"] for o, group in zip(new_options, groups, strict=True) for _ in group["params"]]
+    wanted = [
+        _core.streams_of(o) for o, group in zip(new_options, groups, strict=True) for _ in group["params"]
+    ]
     entries = [
-        _read_entry(saved_state[key], f"state_dict['state'][{key!r}]", core.state(index), amsgrad[index])
+        _read_entry(saved_state[key], f"state_dict['state'][{key!r}]", core.layouts(index), wanted[index])
         if key in saved_state
         else {"step": 0}
         for index, key in enumerate(ids)
@@ -140,19 +149,21 @@ def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> li
     return list(ids)
 
 
-def _read_entry(saved: Any, where: str, live: Entry, amsgrad: bool) -> Entry:
+def _read_entry(
+    saved: Any, where: str, layouts: dict[str, tuple[str, tuple[int, ...]]], wanted: list[str]
+) -> Entry:
     _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
     if not saved:  # PyTorch's, of a parameter that never had a gradient
         return {"step": 0}
-    unknown = [key for key in saved if key not in ("step", *_MOMENTS)]
+    unknown = [key for key in saved if key not in ("step", *STATE)]
     _require(not unknown, f"{where} has {unknown}, which is not Adam's")
-    needed = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
-    for name in needed:
-        _require(name in saved, f"{where} has no {name!r}")
+    begins_later = {stream.name for stream in STREAMS if stream.copy_of_param}
+    for name in ("step", *wanted):
+        _require(name in saved or name in begins_later, f"{where} has no {name!r}")
     entry: Entry = {"step": _read_step(saved["step"], f"{where}['step']")}
-    for name in _MOMENTS:
+    for name in STATE:
         if name in saved:
-            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", live["exp_avg"])
+            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", *layouts[name])
     return entry
 
 
@@ -166,7 +177,7 @@ def _read_step(value: Any, where: str) -> int:
     return int(value)
 
 
-def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _read_array(value: Any, where: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     array = value
     if hasattr(value, "detach"):  # a tensor
         try:
@@ -177,10 +188,8 @@ def _read_array(value: Any, where: str, like: npt.NDArray[Any]) -> npt.NDArray[A
         array = np.asarray(value)
     is_array = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
     _require(is_array, f"{where} must be an array, got {type(value).__name__}", TypeError)
-    _require(
-        array.dtype == like.dtype, f"{where} has dtype {array.dtype}, the parameter {like.dtype}", TypeError
-    )
-    _require(array.shape == like.shape, f"{where} has shape {array.shape}, the parameter {like.shape}")
+    _require(array.dtype == dtype, f"{where} has dtype {array.dtype}, expected {dtype}", TypeError)
+    _require(array.shape == shape, f"{where} has shape {array.shape}, expected {shape}")
     # A view may be of our own moments, from opt.state, and be overwritten before it is read.
     return np.asarray(array) if array.flags.owndata else np.array(array)
 

@@ -35,6 +35,7 @@ from fused_adam._file_header import (
     entries_in,
     header_room,
     header_text,
+    param_kinds,
     read_header,
     refuse,
     require,
@@ -43,6 +44,7 @@ from fused_adam._file_header import (
     table_of,
 )
 from fused_adam._replace import Writer, open_at_once, replacing
+from fused_adam._tables import STATE, STREAMS, features
 
 Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
@@ -64,12 +66,16 @@ def save(
 ) -> None:
     state = core.all_state()
     tensors = _tensors(np.array(state["step"], np.int64), state)
+    present = [name for name in STATE if any(array is not None for array in state[name])]
     saved = _checkpoint.saved_groups(groups, names)
     _core.check_options({**defaults}, "defaults")  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
+        "requires": json.dumps(features([*groups, defaults], present)),
+        "streams": json.dumps({s.name: s.elements_per_entry for s in STREAMS if s.name in present}),
+        "params": json.dumps(param_kinds(_params(groups)), separators=(",", ":")),
         "param_groups": json.dumps([_group_as_json(group, i) for i, group in enumerate(saved)]),
         "defaults": json.dumps(as_json(defaults, "defaults")),
     }
@@ -129,15 +135,25 @@ def _load(
     new_defaults = {**defaults, **saved.defaults, **fixed_options}
     _check_options(new_defaults, "defaults")
 
+    label = partial(_label, names, groups)
+    _require_params(saved, param_kinds(_params(groups)), label)
+    for stream in STREAMS:
+        per_entry = saved.streams.get(stream.name, stream.elements_per_entry)
+        require(per_entry == stream.elements_per_entry, f"its {stream.name} are stored in another way")
+
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
-    has_maximum = [f"state.{i}.max_exp_avg_sq" in saved.checksums for i in range(len(core))]
-    core.make_max_exp_avg_sq([i for i, has in enumerate(has_maximum) if has])
+    present = [[name for name in STATE if f"state.{i}.{name}" in saved.checksums] for i in range(len(core))]
+    core.make_streams([(i, name) for i, names_here in enumerate(present) for name in names_here])
+    for i, names_here in enumerate(present):
+        core.reset_state(i, 0, names_here)
     state = core.all_state()
-    maxima = zip(state["max_exp_avg_sq"], has_maximum, strict=True)
-    state["max_exp_avg_sq"] = [maximum if has else None for maximum, has in maxima]
+    for name in STATE:
+        state[name] = [
+            array if name in names_here else None
+            for array, names_here in zip(state[name], present, strict=True)
+        ]
     steps = np.zeros(len(core), np.int64)
     tensors = _tensors(steps, state)
-    label = partial(_label, names, groups)
     _require_layout(file, saved, tensors, label)
 
     counter = _Counter(tensors, progress)
@@ -152,7 +168,7 @@ def _load(
         if not 0 <= step <= _checkpoint.MAX_STEP:
             refuse(f"the step count of {label(index)} is {step}. {DAMAGED}")
     for index, step in enumerate(steps.tolist()):
-        core.set_step(index, step)
+        core.reset_state(index, step, present[index])
     for group, new in zip(groups, options, strict=True):
         group.update(new)
     defaults.update(new_defaults)
@@ -169,6 +185,10 @@ def _tensors(steps: npt.NDArray[np.int64], state: dict[str, list[Any]]) -> Tenso
         names += compress(all_names, is_next)
         arrays += compress(all_arrays, is_next)
     return Tensors(names, arrays)
+
+
+def _params(groups: list[dict[str, Any]]) -> list[Array]:
+    return [param for group in groups for param in group["params"]]
 
 
 def _group_as_json(group: dict[str, Any], i: int) -> dict[str, Any]:
@@ -371,6 +391,30 @@ def _check_options(options: dict[str, Any], where: str) -> None:
         refuse(f"it holds options that no optimizer has: {error} {DAMAGED}")
 
 
+def _require_params(saved: Header, params: list[list[Any]], label: Callable[[int], str]) -> None:
+    found = saved.params if saved.params is not None else _params_of_format_1(saved, len(params))
+    require(len(found) == len(params), NO_CHECKPOINT)
+    for i, (was, here) in enumerate(zip(found, params, strict=True)):
+        if was == here:
+            continue
+        is_kind = isinstance(was, list) and len(was) == 2 and isinstance(was[1], list)
+        require(is_kind, NO_CHECKPOINT)
+        here_shape, shape = (f"({shown(s)[1:-1]}{',' * (len(s) == 1)})" for s in (here[1], was[1]))
+        refuse(
+            f"{label(i)} is {here[0]} of shape {here_shape}, but {was[0]!s:.40} of shape {shape} in the file: "
+            "it is of another model"
+        )
+
+
+def _params_of_format_1(saved: Header, count: int) -> list[Any]:
+    """It did not say what the parameters were; their moments were the same."""
+    entries = entries_in(saved.table)
+    dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
+    found = [entries.get(f"state.{i}.exp_avg") for i in range(count)]
+    require(all(isinstance(entry, dict) for entry in found), NO_CHECKPOINT)
+    return [[dtypes.get(str(entry.get("dtype")), "an unknown dtype"), entry.get("shape")] for entry in found]
+
+
 def _require_layout(file: BinaryIO, saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
     table = table_of(tensors)
     if saved.table != table or list(saved.checksums) != tensors.names:
@@ -385,20 +429,7 @@ def _require_entries(
     saved: Header, tensors: Tensors, expected: dict[str, Any], label: Callable[[int], str]
 ) -> None:
     entries = entries_in(saved.table)
-    dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
-    for name, like in zip(*tensors, strict=True):
-        if not name.endswith(".exp_avg"):
-            continue
-        found = entries.get(name)
-        if not isinstance(found, dict) or not isinstance(found.get("shape"), list):
-            refuse(NO_CHECKPOINT)
-        shape, dtype = found["shape"], dtypes.get(str(found.get("dtype")), "an unknown dtype")
-        if shape != list(like.shape) or dtype != str(like.dtype):
-            refuse(
-                f"{label(int(name.split('.')[1]))} is {like.dtype} of shape {like.shape}, but {dtype} of "
-                f"shape ({shown(shape)[1:-1]}{',' * (len(shape) == 1)}) in the file: it is of another model"
-            )
-    # From here on, only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
+    # Only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
     for name, wanted in expected.items():
         same = json.dumps(entries.get(name), sort_keys=True) == json.dumps(wanted, sort_keys=True)
         require(same and name in saved.checksums, f"its table is wrong at {_what(name, label)}. {DAMAGED}")

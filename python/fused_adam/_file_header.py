@@ -11,17 +11,18 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, Final, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _checkpoint, _core
+from fused_adam._tables import OPTIONS, unknown_features
 
 # To be raised by whoever changes what a file means. The name, form and rule of header_crc32 stay: they tell
 # a damaged header from a newer one.
-FORMAT: Final = 1
+FORMAT: Final = 2
 _MAX_HEADER: Final = 100_000_000  # bytes; the safetensors library reads no more
 # What a header may have at most: parsed, a hostile one takes 25 times as much memory.
 _HEADER_ROOM: Final = 1 << 16
@@ -32,7 +33,10 @@ _CRC_FIELD: Final = b'"header_crc32":"%s"'
 _NO_CRC: Final = b"00000000"
 _ANY_CRC: Final = re.compile(_CRC_FIELD % b"([0-9a-f]{8})")
 _START: Final = '{"__metadata__":'
-_REAL_OPTIONS: Final = ("lr", "eps", "weight_decay")  # whatever has a __float__ is taken for these
+# Whatever has a __float__ is taken for these.
+_REAL_OPTIONS: Final = tuple(
+    option.name for option in OPTIONS if option.kind in ("number", "fraction or None")
+)
 
 DAMAGED: Final = "Use another copy of the file, or an older checkpoint"
 NO_CHECKPOINT: Final = "it is no checkpoint of fused-adam, or its header is damaged"
@@ -53,6 +57,8 @@ class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
     checksums: dict[str, int]
+    params: list[Any] | None  # as param_kinds() makes it; format 1 had none
+    streams: dict[str, Any]  # the elements of a param for which each has an entry
     table: str  # as table_of() makes it, if it is of the same tensors
     size: int  # of the header
 
@@ -101,6 +107,11 @@ def table_of(tensors: Tensors) -> str:
     return ",".join(members)
 
 
+def param_kinds(params: Iterable[npt.NDArray[Any]]) -> list[list[Any]]:
+    """Dtype and shape of each parameter."""
+    return [[str(param.dtype), list(param.shape)] for param in params]
+
+
 def entries_in(table: str) -> dict[str, Any]:
     try:
         entries = _parse_dict("{" + table + "}")
@@ -114,7 +125,7 @@ def entries_in(table: str) -> dict[str, Any]:
 def as_json(group: Mapping[str, Any], where: str) -> dict[str, Any]:
     converted = {}
     for key, value in group.items():
-        if key in _REAL_OPTIONS and not isinstance(value, (int, float)):
+        if key in _REAL_OPTIONS and not isinstance(value, (int, float, type(None))):
             value = float(value)
         elif key == "betas":
             value = [beta if isinstance(beta, (int, float)) else float(beta) for beta in value]
@@ -190,17 +201,22 @@ def read_header(file: BinaryIO, room: int) -> Header:
         if not (table.startswith(",") and table.endswith("}")):
             raise ValueError
         _require_version(metadata["fused_adam_format"], metadata["fused_adam_version"])
-        groups = _parse(metadata["param_groups"])
+        unknown = unknown_features(_parse_list(metadata.get("requires", "[]")))
+        groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
         checksums = {name: int(value, 16) for name, value in _parse_dict(metadata["crc32"]).items()}
-        if not isinstance(groups, list):
-            raise TypeError
+        params = _parse_list(metadata["params"]) if "params" in metadata else None
+        streams = _parse_dict(metadata.get("streams", "{}"))
         for options in (*groups, defaults):
             if isinstance(options.get("betas"), list):
                 options["betas"] = tuple(options["betas"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         refuse(NO_CHECKPOINT)
-    return Header(groups, defaults, checksums, table[1:-1], 8 + length)
+    require(
+        not unknown,
+        f"it needs {shown(unknown)}, of which fused-adam {_core.__version__} does not know. Upgrade fused-adam",
+    )
+    return Header(groups, defaults, checksums, params, streams, table[1:-1], 8 + length)
 
 
 def _require_version(version: str, writer: str) -> None:
@@ -217,6 +233,13 @@ def _parse(text: str) -> Any:
     if not isinstance(text, str):
         raise TypeError
     return _DECODER.decode(text)
+
+
+def _parse_list(text: str) -> list[Any]:
+    parsed = _parse(text)
+    if not isinstance(parsed, list):
+        raise TypeError
+    return parsed
 
 
 def _parse_dict(text: str) -> dict[str, Any]:

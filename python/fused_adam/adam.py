@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _checkpoint, _config, _core
-from fused_adam._memory import zeros_like_each
 from fused_adam._state import OptimizerState
+from fused_adam._tables import DEFAULTS, options_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,9 +22,6 @@ Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
 # The same with None where a parameter has no gradient in this step.
 Grads: TypeAlias = "Array | Iterable[Grads] | Mapping[Any, Grads] | None"
-
-# The gradient buffers stand where the moments leave room, an eighth of a page aside.
-_GRAD_SHIFT = 2560
 
 
 class StepInfo(NamedTuple):
@@ -81,6 +79,9 @@ class Adam:
     decoupled_weight_decay : bool, default False
         Shrink the parameter by ``1 - lr * weight_decay`` before the step instead of adding to the
         gradient [3]_: AdamW.
+    ema_decay : float, optional
+        In [0, 1). Keep an average of the parameters, ``ema += (1 - ema_decay) * (param - ema)`` after each
+        step, computed as :func:`torch.lerp` does: see :attr:`ema`. 0.999 is usual.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -137,17 +138,10 @@ class Adam:
         amsgrad: bool = False,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        ema_decay: float | None = None,
         num_threads: int | None = None,
     ) -> None:
-        self.defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
+        self.defaults: dict[str, Any] = options_in(locals())
         _core.check_options(self.defaults, "")
         self.defaults["betas"] = tuple(betas)
         self.param_groups: list[dict[str, Any]] = []
@@ -160,7 +154,7 @@ class Adam:
         for group in groups:
             self._add_group(group, grouped)
 
-    def step(self, grads: Grads | Sequence[Grads] = None) -> StepInfo:
+    def step(self, grads: Grads | Sequence[Grads] = None, *, zero_grad: bool = False) -> StepInfo:
         """Update all parameters in place.
 
         Parameters
@@ -169,6 +163,9 @@ class Adam:
             The gradients, in the structure of `params`; with parameter groups, a list with an entry for
             each group. A parameter whose entry is None is left out: it, its state and its step count
             stay as they are. By default the buffers of :attr:`grads`.
+        zero_grad : bool, default False
+            Set the gradients to zeros as soon as they are used, in the same pass over memory. They are
+            written then, so they must be writeable, and no two may share memory.
 
         Returns
         -------
@@ -186,7 +183,7 @@ class Adam:
             if self._grads is None:
                 raise ValueError("step() needs grads: pass them, or fill the buffers opt.grads before it.")
             grads = self.grads
-        self._core.step(grads, self.param_groups)
+        self._core.step(grads, self.param_groups, zero_grad)
         return _PLAIN_STEP
 
     @property
@@ -203,9 +200,7 @@ class Adam:
                 structures, grouped = self._core.structures, self._core.grouped
             trees = list(held.tree) if held.grouped else [held.tree]
             for i in range(held.groups, len(structures)):
-                params = list(self.param_groups[i]["params"])
-                buffers = zeros_like_each(params, streams=1, shift=_GRAD_SHIFT)
-                trees.append(structures[i].unflatten([streams[0] for streams in buffers]))
+                trees.append(structures[i].unflatten(self._core.new_grads(i)))
             held = self._grads = _Grads(trees if grouped else trees[0], grouped, len(structures))
         return held.tree
 
@@ -260,9 +255,60 @@ class Adam:
         """The moments and step counts of each parameter, by name (``"encoder.0"``) or by index.
 
         ``opt.state["w"]`` is a dict with ``"step"``, an int, and live views ``"exp_avg"``,
-        ``"exp_avg_sq"`` and, with amsgrad, ``"max_exp_avg_sq"``.
+        ``"exp_avg_sq"``, with amsgrad ``"max_exp_avg_sq"``, and with `ema_decay`, from the first step on,
+        ``"ema"``.
         """
         return self._state
+
+    @property
+    def ema(self) -> Any:
+        """The averages of the parameters, live views in the structure of `params`.
+
+        They begin as copies of the parameters as these are when the first step begins, so that weights that
+        are loaded after construction count. A parameter that is left out of a step (None) keeps its
+        average as it is. None in the place of those whose group has no `ema_decay`.
+
+        Raises
+        ------
+        ValueError
+            No group has an `ema_decay`.
+        """
+        with self._core:
+            self._core.check_groups(self.param_groups)
+        if all(group.get("ema_decay") is None for group in self.param_groups):
+            raise ValueError("there are no averages: Adam(..., ema_decay=0.999) keeps them.")
+        with self._core:
+            self._core.make_wanted_streams(self.param_groups)
+        structures = self._core.structures
+        trees = [structure.unflatten(self._core.averages(i)) for i, structure in enumerate(structures)]
+        return trees if self._core.grouped else trees[0]
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Evaluate with the averages: ``with opt.ema_weights(): ...`` has them in the parameters' place.
+
+        The parameters come back at the end of the block, after an exception too. Inside it the optimizer can
+        do nothing else.
+
+        Raises
+        ------
+        ValueError
+            When the block is entered: there are no averages, or a parameter cannot be written.
+        RuntimeError
+            Another thread is inside a step; a step, a checkpoint or another block inside this one.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> w = np.array([1.0])
+        >>> opt = Adam(w, lr=0.5, ema_decay=0.5)
+        >>> info = opt.step(np.array([1.0]))
+        >>> with opt.ema_weights():
+        ...     print(w)
+        [0.75]
+        >>> print(w)
+        [0.5]
+        """
+        return _core.EmaWeights(self._core)
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint in the layout of PyTorch, with copies of all arrays.
@@ -271,9 +317,11 @@ class Adam:
         -------
         dict
             ``"state"``: for each parameter, by its index over all groups, ``"step"`` (an int64 array of
-            shape ()), ``"exp_avg"``, ``"exp_avg_sq"`` and, with amsgrad, ``"max_exp_avg_sq"``.
+            shape ()), ``"exp_avg"``, ``"exp_avg_sq"``, with amsgrad ``"max_exp_avg_sq"``, and ``"ema"``
+            where there is an average.
             ``"param_groups"``: for each group its options and, under ``"params"``, indices; for
-            parameters in dicts also ``"param_names"``.
+            parameters in dicts also ``"param_names"``. ``"requires"``, where it is there: what a reader
+            must know beyond PyTorch's Adam, like ``"ema"``.
 
         Notes
         -----
@@ -291,7 +339,9 @@ class Adam:
         ----------
         state_dict : dict
             From :meth:`state_dict`, or from ``torch.optim.Adam`` or ``AdamW`` (CPU tensors or arrays).
-            The arrays are copied. A parameter without an entry starts afresh.
+            The arrays are copied. A parameter without an entry starts afresh, and so does an average that it
+            does not have. An option that it does not have is the default from then on; other keys of the
+            groups stay.
         keep_lr : bool, default False
             Keep the learning rates of this optimizer instead of those of the checkpoint.
 
@@ -437,6 +487,7 @@ class Adam:
         state = {**state}
         saved, grouped, grads = (state.pop(key) for key in ("_core", "_grouped", "_grads"))
         self.__dict__.update(state)
+        self.defaults = {**DEFAULTS, **self.defaults}  # an older version did not have all of them
         self._new_core()
         groups, self.param_groups = self.param_groups, []  # the dicts of a shallow copy stay its original's
         for group, tree in zip(groups, saved["trees"], strict=True):
@@ -448,7 +499,7 @@ class Adam:
     # --- private ---
 
     def _new_core(self) -> None:
-        self._core = _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads), zeros_like_each)
+        self._core = _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads))
         self._state = OptimizerState(self._core)
         self._grads = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from fused_adam._tables import options_in
 from fused_adam.adam import Adam, Params
 
 
@@ -16,7 +17,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, num_threads
+    params, lr, betas, eps, amsgrad, maximize, ema_decay, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -39,16 +40,8 @@ class AdamW(Adam):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
+        ema_decay: float | None = None,
         num_threads: int | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            decoupled_weight_decay=True,
-            num_threads=num_threads,
-        )
+        options = options_in(locals())
+        super().__init__(params, **options, decoupled_weight_decay=True, num_threads=num_threads)

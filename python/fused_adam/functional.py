@@ -7,6 +7,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fused_adam import _config, _core
+from fused_adam._tables import options_in, streams_in
 
 
 def adam_step(
@@ -23,7 +24,10 @@ def adam_step(
     amsgrad: bool = False,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
+    ema_decay: float | None = None,
     max_exp_avg_sq: npt.NDArray[Any] | None = None,
+    ema: npt.NDArray[Any] | None = None,
+    zero_grad: bool = False,
     num_threads: int | None = None,
 ) -> None:
     """One Adam step on arrays that the caller owns. Updates all but `grad` in place.
@@ -37,10 +41,14 @@ def adam_step(
         are zeros before the first step.
     step : int
         The number of this step, counted from 1. It decides the bias corrections.
-    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, ema_decay
         As in :class:`fused_adam.Adam`.
     max_exp_avg_sq : numpy.ndarray, optional
         Like `exp_avg_sq`; needed for `amsgrad`.
+    ema : numpy.ndarray, optional
+        Like `param`, and a copy of it before the first step; needed for `ema_decay`.
+    zero_grad : bool, default False
+        Set `grad` to zeros once it is used.
     num_threads : int, optional
         As in :class:`fused_adam.Adam`.
 
@@ -66,26 +74,8 @@ def adam_step(
     >>> param
     array([1.999, 2.001])
     """
+    options, arrays = options_in(locals()), streams_in(locals())
     step = _config.as_int("step", step)
     if not 1 <= step < 2**63:
         raise ValueError(f"step must be >= 1 and < 2**63, got {step}.")
-    options = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "amsgrad": amsgrad,
-        "maximize": maximize,
-        "decoupled_weight_decay": decoupled_weight_decay,
-    }
-    _core.adam_step(
-        _config.ISA,
-        _config.max_threads(num_threads),
-        options,
-        step,
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
-    )
+    _core.adam_step(_config.ISA, _config.max_threads(num_threads), options, step, arrays, zero_grad)
