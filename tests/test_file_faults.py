@@ -186,13 +186,7 @@ def test_disk_that_fails_in_any_early_flush(tmp_path: Path, monkeypatch: pytest.
             if len(early) == fails_at:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        patch.setattr(_replace, "_FLUSHED_EARLY", 100)
-        small().save(tmp_path / "a")
-    count = len(early)
-    assert count >= 2
-    for fails_at in range(1, count + 1):  # noqa: B007 (fsync reads it)
+    for fails_at in (1, 2, 3):  # noqa: B007 (fsync reads it)  after header, arrays, header
         early.clear()
         with leaves_the_old_file(tmp_path, errno.EIO) as path, monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)

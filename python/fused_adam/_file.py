@@ -48,7 +48,6 @@ Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
 
 _BLOCK: Final = 1 << 20  # bytes that are hashed and written at a time, out of a cache
-_BUFFER: Final = _BLOCK // 2  # where they are copied first
 _SMALL: Final = 1 << 14  # bytes up to which arrays share a block: a call of the system costs as much as 4 kB
 _REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
 _IS_NATIVE: Final = sys.byteorder == "little"
@@ -225,34 +224,38 @@ def _read_small(file: BinaryIO, counter: _Counter, *run: Array) -> list[int]:
 
 def _read_one(file: BinaryIO, counter: _Counter, array: Array) -> list[int]:
     checksum = 0
-    for block in _elements(array, "writeonly"):
+    for block in _elements(array):
         _read_into(file, block)
         checksum = zlib.crc32(block.data, checksum)
         counter.add(block.nbytes)
     return [checksum]
 
 
-def _blocks(array: Array) -> Iterator[bytes | memoryview]:
+def _blocks(array: Array) -> Iterator[memoryview]:
     """Some elements at a time. Whoever holds a block keeps its memory: no buffer that ends with the loop."""
-    if array.flags.c_contiguous and _IS_NATIVE:
-        data = array.reshape(-1).view(np.uint8).data
-        for begin in range(0, len(data), _BLOCK):
-            yield data[begin : begin + _BLOCK]
-    else:
-        for elements in _elements(array, "readonly"):
-            yield elements.tobytes()
+    little = array.dtype.newbyteorder("<")
+    if array.flags.c_contiguous:
+        array = array.reshape(-1)
+    if array[:1].nbytes > _BLOCK:
+        for part in array:
+            yield from _blocks(part)
+        return
+    count = _BLOCK // max(array[:1].nbytes, 1)
+    for begin in range(0, len(array), count):
+        part = np.ascontiguousarray(array[begin : begin + count], little)
+        yield part.reshape(-1).view(np.uint8).data
 
 
-def _elements(array: Array, access: str) -> Iterator[Array]:
-    """Some at a time: views, or a buffer that lives until the next ones where the order is another."""
+def _elements(array: Array) -> Iterator[Array]:
+    """To be filled, some at a time: views, or a buffer of which the elements take over what is in it."""
     with np.nditer(  # type: ignore[call-overload]  # "contig" is missing from the stubs
         array,
         ["external_loop", "buffered", "zerosize_ok"],
-        [[access, "contig"]],  # without it, a long axis comes as a strided view
+        [["writeonly", "contig"]],  # without it, a long axis comes as a strided view
         [array.dtype.newbyteorder("<")],
         order="C",
         casting="equiv",
-        buffersize=_BUFFER // array.itemsize,
+        buffersize=_BLOCK // array.itemsize,
     ) as elements:
         yield from elements
 
