@@ -227,14 +227,14 @@ INTERRUPTED = """
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, interrupt)
-    params = np.ones((2048, 2048), np.float32, order="F")
+    params = [np.ones((2048, 2048), np.float32, order="F"), np.ones(2**22, np.float32)]
     opt = Adam(params)
     opt.save(sys.argv[1])
     interrupted = 0
     for k in range(300):
         try:
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.001 + k % 60 * 0.0005, 0.0003 * (k % 3))
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + k % 60 * 0.001, 0.0003 * (k % 3))
                 opt.save(sys.argv[1])
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)

@@ -47,7 +47,8 @@ from fused_adam._replace import Writer, open_at_once, replacing
 Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
 
-_BLOCK: Final = 1 << 20  # bytes that are hashed and written at a time, out of a cache
+_BLOCK: Final = 1 << 20  # bytes that are copied, hashed and written at a time, out of a cache
+_VIEW: Final = 1 << 24  # where they need no copy: bytes that a thread hashes meanwhile
 _SMALL: Final = 1 << 14  # bytes up to which arrays share a block: a call of the system costs as much as 4 kB
 _REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
 _IS_NATIVE: Final = sys.byteorder == "little"
@@ -202,8 +203,7 @@ def _write_small(writer: Writer, counter: _Counter, *run: Array) -> list[int]:
 def _write_one(writer: Writer, counter: _Counter, array: Array) -> list[int]:
     checksum = 0
     for block in _blocks(array):
-        checksum = writer.write_hashed(block, checksum)
-        counter.add(len(block))
+        checksum = writer.write_hashed(block, checksum, counter.add)
     return [checksum]
 
 
@@ -234,13 +234,15 @@ def _read_one(file: BinaryIO, counter: _Counter, array: Array) -> list[int]:
 def _blocks(array: Array) -> Iterator[memoryview]:
     """Some elements at a time. Whoever holds a block keeps its memory: no buffer that ends with the loop."""
     little = array.dtype.newbyteorder("<")
+    size = _BLOCK
     if array.flags.c_contiguous:
         array = array.reshape(-1)
-    if array[:1].nbytes > _BLOCK:
+        size = _VIEW if _IS_NATIVE else _BLOCK
+    if array[:1].nbytes > size:
         for part in array:
             yield from _blocks(part)
         return
-    count = _BLOCK // max(array[:1].nbytes, 1)
+    count = size // max(array[:1].nbytes, 1)
     for begin in range(0, len(array), count):
         part = np.ascontiguousarray(array[begin : begin + count], little)
         yield part.reshape(-1).view(np.uint8).data
