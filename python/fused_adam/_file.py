@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from fused_adam._file_header import (
     Refusal,
     Tensors,
     as_json,
+    checksums_in,
     crc32_template,
     entries_in,
     header_room,
@@ -51,6 +53,7 @@ _BLOCK: Final = 1 << 20  # bytes that are copied, hashed and written at a time, 
 _VIEW: Final = 1 << 24  # where they need no copy: bytes that a thread hashes meanwhile
 _SMALL: Final = 1 << 14  # bytes up to which arrays share a block: a call of the system costs as much as 4 kB
 _REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
+_MAXIMUM: Final = re.compile(r'"state\.([0-9]{1,18})\.max_exp_avg_sq"')
 _IS_NATIVE: Final = sys.byteorder == "little"
 
 
@@ -130,24 +133,23 @@ def _load(
     _check_options(new_defaults, "defaults")
 
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
-    has_maximum = [f"state.{i}.max_exp_avg_sq" in saved.checksums for i in range(len(core))]
-    core.make_max_exp_avg_sq([i for i, has in enumerate(has_maximum) if has])
+    maxima = {int(i) for i in _MAXIMUM.findall(saved.crc32)}.intersection(range(len(core)))
+    core.make_max_exp_avg_sq(sorted(maxima))
     state = core.all_state()
-    maxima = zip(state["max_exp_avg_sq"], has_maximum, strict=True)
-    state["max_exp_avg_sq"] = [maximum if has else None for maximum, has in maxima]
+    state["max_exp_avg_sq"] = [
+        maximum if i in maxima else None for i, maximum in enumerate(state["max_exp_avg_sq"])
+    ]
     steps = np.zeros(len(core), np.int64)
     tensors = _tensors(steps, state)
     label = partial(_label, names, groups)
     _require_layout(file, saved, tensors, label)
 
     counter = _Counter(tensors, progress)
-    unread = iter(tensors.names)
+    checksums: list[int] = []
     for run in _runs(tensors.arrays):
         read = _read_small if len(run) > 1 else _read_one
-        for checksum in read(file, counter, *run):
-            name = next(unread)
-            if checksum != saved.checksums[name]:
-                refuse(f"it is damaged: {_what(name, label)} has another checksum. {DAMAGED}")
+        checksums += read(file, counter, *run)
+    _require_checksums(saved, tensors, checksums, label)
     for index, step in enumerate(steps.tolist()):
         if not 0 <= step <= _checkpoint.MAX_STEP:
             refuse(f"the step count of {label(index)} is {step}. {DAMAGED}")
@@ -181,11 +183,11 @@ def _group_as_json(group: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def _runs(arrays: list[Array]) -> Iterator[list[Array]]:
-    """Neighbours: small arrays that fit into one block, or a single array."""
+    """Neighbours: small arrays of one dtype that fit into one block, or a single array."""
     begin = size = 0
     for k, array in enumerate(arrays):
         weight = max(array.nbytes, 1) if array.nbytes <= _SMALL else _BLOCK
-        if size + weight > _BLOCK:
+        if size + weight > _BLOCK or array.dtype != arrays[begin].dtype:
             yield arrays[begin:k]
             begin, size = k, 0
         size += weight
@@ -210,14 +212,14 @@ def _write_one(writer: Writer, counter: _Counter, array: Array) -> list[int]:
 def _read_small(file: BinaryIO, counter: _Counter, *run: Array) -> list[int]:
     block = np.empty(sum(array.nbytes for array in run), np.uint8)
     _read_into(file, block)
+    data, elements = block.data, block.view(run[0].dtype.newbyteorder("<"))
     checksums = []
     end = 0
     for array in run:
-        begin, end = end, end + array.nbytes
-        part = block[begin:end]
-        checksums.append(zlib.crc32(part.data))
-        if array.size:
-            array.flat[:] = part.view(array.dtype.newbyteorder("<"))
+        begin, end = end, end + array.size
+        checksums.append(zlib.crc32(data[begin * array.itemsize : end * array.itemsize]))
+        if begin < end:
+            array.flat[:] = elements[begin:end]
     counter.add(block.nbytes)
     return checksums
 
@@ -377,19 +379,29 @@ def _check_options(options: dict[str, Any], where: str) -> None:
 
 
 def _require_layout(file: BinaryIO, saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
-    table = table_of(tensors)
-    if saved.table != table or list(saved.checksums) != tensors.names:
-        _require_entries(saved, tensors, entries_in(table), label)
+    if saved.table != table_of(tensors):
+        _require_entries(saved, tensors, label)
     size = saved.size + sum(array.nbytes for array in tensors.arrays)
     found_size = os.fstat(file.fileno()).st_size
     problem = "is cut off" if found_size < size else "has something appended"
     require(found_size == size, f"it {problem}: it has {found_size} bytes instead of {size}. {DAMAGED}")
 
 
-def _require_entries(
-    saved: Header, tensors: Tensors, expected: dict[str, Any], label: Callable[[int], str]
+def _require_checksums(
+    saved: Header, tensors: Tensors, found: list[int], label: Callable[[int], str]
 ) -> None:
-    entries = entries_in(saved.table)
+    if saved.crc32 == crc32_template(tensors.names) % tuple(found):
+        return
+    _require_entries(saved, tensors, label)
+    checksums = checksums_in(saved.crc32)
+    for name, checksum in zip(tensors.names, found, strict=True):
+        if checksum != checksums[name]:
+            refuse(f"it is damaged: {_what(name, label)} has another checksum. {DAMAGED}")
+
+
+def _require_entries(saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
+    expected, entries = entries_in(table_of(tensors)), entries_in(saved.table)
+    checksums = checksums_in(saved.crc32)
     dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
     for name, like in zip(*tensors, strict=True):
         if not name.endswith(".exp_avg"):
@@ -406,6 +418,6 @@ def _require_entries(
     # From here on, only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
     for name, wanted in expected.items():
         same = json.dumps(entries.get(name), sort_keys=True) == json.dumps(wanted, sort_keys=True)
-        require(same and name in saved.checksums, f"its table is wrong at {_what(name, label)}. {DAMAGED}")
-    unknown = sorted((entries.keys() | saved.checksums.keys()) - expected.keys())
+        require(same and name in checksums, f"its table is wrong at {_what(name, label)}. {DAMAGED}")
+    unknown = sorted((entries.keys() | checksums.keys()) - expected.keys())
     require(not unknown, f"it has arrays that are not Adam's: {shown(unknown[:3])}. {DAMAGED}")

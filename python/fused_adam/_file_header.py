@@ -52,8 +52,10 @@ class Tensors(NamedTuple):
 class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
-    checksums: dict[str, int]
-    table: str  # as table_of() makes it, if it is of the same tensors
+    # Texts, as crc32_template() and table_of() make them for the same tensors. Where they are what is
+    # expected, they need not be parsed, which would take longer than all else for 100,000 arrays.
+    crc32: str
+    table: str
     size: int  # of the header
 
 
@@ -99,6 +101,13 @@ def table_of(tensors: Tensors) -> str:
             kind = kinds[key] = f'"dtype":"{dtype}","shape":[{shape}],"data_offsets"'
         members.append(f'"{name}":{{{kind}:[{begin},{end}]}}')
     return ",".join(members)
+
+
+def checksums_in(crc32: str) -> dict[str, int]:
+    try:
+        return {name: int(value, 16) for name, value in _parse_dict(crc32).items()}
+    except (ValueError, TypeError, RecursionError):
+        refuse(NO_CHECKPOINT)
 
 
 def entries_in(table: str) -> dict[str, Any]:
@@ -180,8 +189,8 @@ def read_header(file: BinaryIO, room: int) -> Header:
     checksum = zlib.crc32(text[field.end(1) :], zlib.crc32(_NO_CRC, checksum))
     require(checksum == int(field[1], 16), f"its header is damaged: it has another checksum. {DAMAGED}")
     try:
-        # Metadata first, as this package writes it. The rest need not be parsed where it is the text that
-        # is expected; that the whole is JSON with no key twice follows.
+        # Metadata first, as this package writes it. That the whole is JSON with no key twice follows once
+        # the table is.
         whole = text.decode()
         if not whole.startswith(_START):
             raise ValueError
@@ -192,15 +201,15 @@ def read_header(file: BinaryIO, room: int) -> Header:
         _require_version(metadata["fused_adam_format"], metadata["fused_adam_version"])
         groups = _parse(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
-        checksums = {name: int(value, 16) for name, value in _parse_dict(metadata["crc32"]).items()}
-        if not isinstance(groups, list):
+        crc32 = metadata["crc32"]
+        if not isinstance(groups, list) or not isinstance(crc32, str):
             raise TypeError
         for options in (*groups, defaults):
             if isinstance(options.get("betas"), list):
                 options["betas"] = tuple(options["betas"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         refuse(NO_CHECKPOINT)
-    return Header(groups, defaults, checksums, table[1:-1], 8 + length)
+    return Header(groups, defaults, crc32, table[1:-1], 8 + length)
 
 
 def _require_version(version: str, writer: str) -> None:
