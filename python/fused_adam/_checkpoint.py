@@ -88,7 +88,7 @@ def load_state_dict(
     unknown = unknown_features(required)
     _require(
         not unknown,
-        f"state_dict needs {unknown}, of which fused-adam {_core.__version__} does not know. Upgrade fused-adam",
+        f"state_dict needs {unknown}, which fused-adam {_core.__version__} does not know. Upgrade it",
     )
     groups_read, saved_state = checkpoint["param_groups"], checkpoint["state"]
     _require(_is_list(groups_read), "state_dict['param_groups'] must be a list", TypeError)

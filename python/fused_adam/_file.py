@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from fused_adam._file_header import (
     Refusal,
     Tensors,
     as_json,
+    checksums_in,
     crc32_template,
     entries_in,
     header_room,
@@ -49,10 +51,11 @@ from fused_adam._tables import STATE, STREAMS, features
 Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
 
-_BLOCK: Final = 1 << 20  # bytes that are hashed and written at a time, out of a cache
-_BUFFER: Final = _BLOCK // 2  # where they are copied first
+_BLOCK: Final = 1 << 20  # bytes that are copied, hashed and written at a time, out of a cache
+_VIEW: Final = 1 << 24  # where they need no copy: bytes that a thread hashes meanwhile
 _SMALL: Final = 1 << 14  # bytes up to which arrays share a block: a call of the system costs as much as 4 kB
 _REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
+_TENSOR: Final = re.compile(r'"state\.([0-9]{1,9})\.([a-z_]+)"')
 _IS_NATIVE: Final = sys.byteorder == "little"
 
 
@@ -142,7 +145,10 @@ def _load(
         require(per_entry == stream.elements_per_entry, f"its {stream.name} are stored in another way")
 
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
-    present = [[name for name in STATE if f"state.{i}.{name}" in saved.checksums] for i in range(len(core))]
+    present: list[list[str]] = [[] for _ in range(len(core))]
+    for index, name in _TENSOR.findall(saved.crc32):
+        if int(index) < len(core) and name in STATE:
+            present[int(index)].append(name)
     core.make_streams([(i, name) for i, names_here in enumerate(present) for name in names_here])
     for i, names_here in enumerate(present):
         core.reset_state(i, 0, names_here)
@@ -157,13 +163,11 @@ def _load(
     _require_layout(file, saved, tensors, label)
 
     counter = _Counter(tensors, progress)
-    unread = iter(tensors.names)
+    checksums: list[int] = []
     for run in _runs(tensors.arrays):
         read = _read_small if len(run) > 1 else _read_one
-        for checksum in read(file, counter, *run):
-            name = next(unread)
-            if checksum != saved.checksums[name]:
-                refuse(f"it is damaged: {_what(name, label)} has another checksum. {DAMAGED}")
+        checksums += read(file, counter, *run)
+    _require_checksums(saved, tensors, checksums, label)
     for index, step in enumerate(steps.tolist()):
         if not 0 <= step <= _checkpoint.MAX_STEP:
             refuse(f"the step count of {label(index)} is {step}. {DAMAGED}")
@@ -201,11 +205,11 @@ def _group_as_json(group: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def _runs(arrays: list[Array]) -> Iterator[list[Array]]:
-    """Neighbours: small arrays that fit into one block, or a single array."""
+    """Neighbours: small arrays of one dtype that fit into one block, or a single array."""
     begin = size = 0
     for k, array in enumerate(arrays):
         weight = max(array.nbytes, 1) if array.nbytes <= _SMALL else _BLOCK
-        if size + weight > _BLOCK:
+        if size + weight > _BLOCK or array.dtype != arrays[begin].dtype:
             yield arrays[begin:k]
             begin, size = k, 0
         size += weight
@@ -223,56 +227,61 @@ def _write_small(writer: Writer, counter: _Counter, *run: Array) -> list[int]:
 def _write_one(writer: Writer, counter: _Counter, array: Array) -> list[int]:
     checksum = 0
     for block in _blocks(array):
-        checksum = writer.write_hashed(block, checksum)
-        counter.add(len(block))
+        checksum = writer.write_hashed(block, checksum, counter.add)
     return [checksum]
 
 
 def _read_small(file: BinaryIO, counter: _Counter, *run: Array) -> list[int]:
     block = np.empty(sum(array.nbytes for array in run), np.uint8)
     _read_into(file, block)
+    data, elements = block.data, block.view(run[0].dtype.newbyteorder("<"))
     checksums = []
     end = 0
     for array in run:
-        begin, end = end, end + array.nbytes
-        part = block[begin:end]
-        checksums.append(zlib.crc32(part.data))
-        if array.size:
-            array.flat[:] = part.view(array.dtype.newbyteorder("<"))
+        begin, end = end, end + array.size
+        checksums.append(zlib.crc32(data[begin * array.itemsize : end * array.itemsize]))
+        if begin < end:
+            array.flat[:] = elements[begin:end]
     counter.add(block.nbytes)
     return checksums
 
 
 def _read_one(file: BinaryIO, counter: _Counter, array: Array) -> list[int]:
     checksum = 0
-    for block in _elements(array, "writeonly"):
+    for block in _elements(array):
         _read_into(file, block)
         checksum = zlib.crc32(block.data, checksum)
         counter.add(block.nbytes)
     return [checksum]
 
 
-def _blocks(array: Array) -> Iterator[bytes | memoryview]:
+def _blocks(array: Array) -> Iterator[memoryview]:
     """Some elements at a time. Whoever holds a block keeps its memory: no buffer that ends with the loop."""
-    if array.flags.c_contiguous and _IS_NATIVE:
-        data = array.reshape(-1).view(np.uint8).data
-        for begin in range(0, len(data), _BLOCK):
-            yield data[begin : begin + _BLOCK]
-    else:
-        for elements in _elements(array, "readonly"):
-            yield elements.tobytes()
+    little = array.dtype.newbyteorder("<")
+    size = _BLOCK
+    if array.flags.c_contiguous:
+        array = array.reshape(-1)
+        size = _VIEW if _IS_NATIVE else _BLOCK
+    if array[:1].nbytes > size:
+        for part in array:
+            yield from _blocks(part)
+        return
+    count = size // max(array[:1].nbytes, 1)
+    for begin in range(0, len(array), count):
+        part = np.ascontiguousarray(array[begin : begin + count], little)
+        yield part.reshape(-1).view(np.uint8).data
 
 
-def _elements(array: Array, access: str) -> Iterator[Array]:
-    """Some at a time: views, or a buffer that lives until the next ones where the order is another."""
+def _elements(array: Array) -> Iterator[Array]:
+    """To be filled, some at a time: views, or a buffer of which the elements take over what is in it."""
     with np.nditer(  # type: ignore[call-overload]  # "contig" is missing from the stubs
         array,
         ["external_loop", "buffered", "zerosize_ok"],
-        [[access, "contig"]],  # without it, a long axis comes as a strided view
+        [["writeonly", "contig"]],  # without it, a long axis comes as a strided view
         [array.dtype.newbyteorder("<")],
         order="C",
         casting="equiv",
-        buffersize=_BUFFER // array.itemsize,
+        buffersize=_BLOCK // array.itemsize,
     ) as elements:
         yield from elements
 
@@ -401,8 +410,8 @@ def _require_params(saved: Header, params: list[list[Any]], label: Callable[[int
         require(is_kind, NO_CHECKPOINT)
         here_shape, shape = (f"({shown(s)[1:-1]}{',' * (len(s) == 1)})" for s in (here[1], was[1]))
         refuse(
-            f"{label(i)} is {here[0]} of shape {here_shape}, but {was[0]!s:.40} of shape {shape} in the file: "
-            "it is of another model"
+            f"{label(i)} is {here[0]} of shape {here_shape}, but {was[0]!s:.40} of shape {shape} in the "
+            "file: it is of another model"
         )
 
 
@@ -410,28 +419,38 @@ def _params_of_format_1(saved: Header, count: int) -> list[Any]:
     """It did not say what the parameters were; their moments were the same."""
     entries = entries_in(saved.table)
     dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
-    found = [entries.get(f"state.{i}.exp_avg") for i in range(count)]
+    found: list[Any] = [entries.get(f"state.{i}.exp_avg") for i in range(count)]
     require(all(isinstance(entry, dict) for entry in found), NO_CHECKPOINT)
     return [[dtypes.get(str(entry.get("dtype")), "an unknown dtype"), entry.get("shape")] for entry in found]
 
 
 def _require_layout(file: BinaryIO, saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
-    table = table_of(tensors)
-    if saved.table != table or list(saved.checksums) != tensors.names:
-        _require_entries(saved, tensors, entries_in(table), label)
+    if saved.table != table_of(tensors):
+        _require_entries(saved, tensors, label)
     size = saved.size + sum(array.nbytes for array in tensors.arrays)
     found_size = os.fstat(file.fileno()).st_size
     problem = "is cut off" if found_size < size else "has something appended"
     require(found_size == size, f"it {problem}: it has {found_size} bytes instead of {size}. {DAMAGED}")
 
 
-def _require_entries(
-    saved: Header, tensors: Tensors, expected: dict[str, Any], label: Callable[[int], str]
+def _require_checksums(
+    saved: Header, tensors: Tensors, found: list[int], label: Callable[[int], str]
 ) -> None:
-    entries = entries_in(saved.table)
+    if saved.crc32 == crc32_template(tensors.names) % tuple(found):
+        return
+    _require_entries(saved, tensors, label)
+    checksums = checksums_in(saved.crc32)
+    for name, checksum in zip(tensors.names, found, strict=True):
+        if checksum != checksums[name]:
+            refuse(f"it is damaged: {_what(name, label)} has another checksum. {DAMAGED}")
+
+
+def _require_entries(saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
+    expected, entries = entries_in(table_of(tensors)), entries_in(saved.table)
+    checksums = checksums_in(saved.crc32)
     # Only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
     for name, wanted in expected.items():
         same = json.dumps(entries.get(name), sort_keys=True) == json.dumps(wanted, sort_keys=True)
-        require(same and name in saved.checksums, f"its table is wrong at {_what(name, label)}. {DAMAGED}")
-    unknown = sorted((entries.keys() | saved.checksums.keys()) - expected.keys())
+        require(same and name in checksums, f"its table is wrong at {_what(name, label)}. {DAMAGED}")
+    unknown = sorted((entries.keys() | checksums.keys()) - expected.keys())
     require(not unknown, f"it has arrays that are not Adam's: {shown(unknown[:3])}. {DAMAGED}")

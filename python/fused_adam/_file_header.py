@@ -56,10 +56,12 @@ class Tensors(NamedTuple):
 class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
-    checksums: dict[str, int]
     params: list[Any] | None  # as param_kinds() makes it; format 1 had none
     streams: dict[str, Any]  # the elements of a param for which each has an entry
-    table: str  # as table_of() makes it, if it is of the same tensors
+    # Texts, as crc32_template() and table_of() make them for the same tensors. Where they are what is
+    # expected, they need not be parsed, which would take longer than all else for 100,000 arrays.
+    crc32: str
+    table: str
     size: int  # of the header
 
 
@@ -110,6 +112,13 @@ def table_of(tensors: Tensors) -> str:
 def param_kinds(params: Iterable[npt.NDArray[Any]]) -> list[list[Any]]:
     """Dtype and shape of each parameter."""
     return [[str(param.dtype), list(param.shape)] for param in params]
+
+
+def checksums_in(crc32: str) -> dict[str, int]:
+    try:
+        return {name: int(value, 16) for name, value in _parse_dict(crc32).items()}
+    except (ValueError, TypeError, RecursionError):
+        refuse(NO_CHECKPOINT)
 
 
 def entries_in(table: str) -> dict[str, Any]:
@@ -191,8 +200,8 @@ def read_header(file: BinaryIO, room: int) -> Header:
     checksum = zlib.crc32(text[field.end(1) :], zlib.crc32(_NO_CRC, checksum))
     require(checksum == int(field[1], 16), f"its header is damaged: it has another checksum. {DAMAGED}")
     try:
-        # Metadata first, as this package writes it. The rest need not be parsed where it is the text that
-        # is expected; that the whole is JSON with no key twice follows.
+        # Metadata first, as this package writes it. That the whole is JSON with no key twice follows once
+        # the table is.
         whole = text.decode()
         if not whole.startswith(_START):
             raise ValueError
@@ -204,9 +213,11 @@ def read_header(file: BinaryIO, room: int) -> Header:
         unknown = unknown_features(_parse_list(metadata.get("requires", "[]")))
         groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
-        checksums = {name: int(value, 16) for name, value in _parse_dict(metadata["crc32"]).items()}
         params = _parse_list(metadata["params"]) if "params" in metadata else None
         streams = _parse_dict(metadata.get("streams", "{}"))
+        crc32 = metadata["crc32"]
+        if not isinstance(crc32, str):
+            raise TypeError
         for options in (*groups, defaults):
             if isinstance(options.get("betas"), list):
                 options["betas"] = tuple(options["betas"])
@@ -214,9 +225,9 @@ def read_header(file: BinaryIO, room: int) -> Header:
         refuse(NO_CHECKPOINT)
     require(
         not unknown,
-        f"it needs {shown(unknown)}, of which fused-adam {_core.__version__} does not know. Upgrade fused-adam",
+        f"it needs {shown(unknown)}, which fused-adam {_core.__version__} does not know. Upgrade it",
     )
-    return Header(groups, defaults, checksums, params, streams, table[1:-1], 8 + length)
+    return Header(groups, defaults, params, streams, crc32, table[1:-1], 8 + length)
 
 
 def _require_version(version: str, writer: str) -> None:

@@ -13,7 +13,8 @@ from fused_adam import _core
 class OptimizerState(Mapping[int | str, dict[str, Any]]):
     """A mapping from parameters, by index over all groups or by name, to their state.
 
-    Iteration goes over indices. A name that two groups use is refused: there the index decides.
+    Iteration goes over indices. In a group all names are different; one that two groups use is refused:
+    there the index decides.
     """
 
     def __init__(self, core: _core.Optimizer) -> None:

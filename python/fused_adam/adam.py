@@ -100,7 +100,8 @@ class Adam:
         Something that is not an array, another dtype, an option of the wrong type.
     ValueError
         An array that cannot be updated in place (strided, unaligned, byte-swapped, read-only, masked),
-        memory that is used twice, an option out of range, no arrays at all.
+        memory that is used twice, an option out of range, no arrays at all, keys of a dict that are
+        different but have the same repr.
 
     References
     ----------
@@ -254,6 +255,10 @@ class Adam:
     def state(self) -> OptimizerState:
         """The moments and step counts of each parameter, by name (``"encoder.0"``) or by index.
 
+        Where two names would be the same, as in ``{"a.b": x, "a": {"b": y}}`` or for the keys ``1`` and
+        ``"1"``, all names of that group are paths as Python writes them: ``"['a.b']"``, ``"['a']['b']"``.
+        (Also where a key has both halves of a surrogate pair next to each other.)
+
         ``opt.state["w"]`` is a dict with ``"step"``, an int, and live views ``"exp_avg"``,
         ``"exp_avg_sq"``, with amsgrad ``"max_exp_avg_sq"``, and with `ema_decay`, from the first step on,
         ``"ema"``.
@@ -366,6 +371,8 @@ class Adam:
         self, path: str | os.PathLike[str], *, progress: Callable[[int, int], object] | None = None
     ) -> None:
         """Save moments, step counts, options and names in a file; parameters are for you to save.
+
+        The names are those of :attr:`state`; where `params` has dicts, they are compared when it is loaded.
 
         The file takes the place of an older one only when it is whole and on the disk: whatever happens
         meanwhile, there is the old checkpoint or the new one.
