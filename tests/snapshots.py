@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,13 @@ def train(opt: Adam, like: Any, seeds: Sequence[int]) -> None:
     """One step for each seed."""
     for seed in seeds:
         opt.step(random_like(like, seed))
+
+
+def assign(array: np.ndarray, name: str, value: Any) -> None:
+    """Sets shape or dtype in place, which NumPy would rather see in no program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        setattr(array, name, value)
 
 
 def same_bits(a: Any, b: Any) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from fused_adam import Adam, AdamW, CheckpointError, adam_step
-from snapshots import ROLES, adam_step_arrays, assert_same_bits, random_like, train
+from snapshots import ROLES, adam_step_arrays, assert_same_bits, assign, random_like, train
 
 NAN, INF = float("nan"), float("inf")
 SWAPPED = ">" if sys.byteorder == "little" else "<"
@@ -179,12 +179,6 @@ class Backup:
             if array.shape != saved.shape:
                 array.resize(saved.shape, refcheck=False)
             array[...] = saved
-
-
-def assign(array: np.ndarray, name: str, value: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy would rather see it in no program
-        setattr(array, name, value)
 
 
 # --- The table --------------------------------------------------------------------------------------
@@ -573,6 +567,11 @@ OUT_OF_RANGE: dict[str, Any] = {
 }
 
 
+def written(value: Any) -> str:
+    """Like repr, which has another form for scalars of NumPy since 2.0."""
+    return f"{type(value).__name__}({value})" if isinstance(value, np.generic) else repr(value)
+
+
 def bad_options() -> Iterator[tuple[str, str, Any, type[Exception], str]]:
     """id, option, value, error, how the message goes on after the option."""
     for key in ("lr", "eps", "weight_decay"):
@@ -589,14 +588,14 @@ def bad_options() -> Iterator[tuple[str, str, Any, type[Exception], str]]:
             yield f"betas[{i}] {id}", "betas", pair, TypeError, rf"\[{i}\] must be a number"
         for value in (1, 1.0, np.nextafter(1, 2), 2**70, -1e-300, NAN, INF, np.float32(1)):
             pair = (value, 0.9) if i == 0 else (0.9, value)
-            yield f"betas[{i}]={value!r}", "betas", pair, ValueError, rf"\[{i}\] must be >= 0 and < 1"
+            yield f"betas[{i}]={written(value)}", "betas", pair, ValueError, rf"\[{i}\] must be >= 0 and < 1"
     for value in (0.9, "ab", None, np.array([0.9, 0.99]), {0.9, 0.99}, {0: 0.9, 1: 0.99}, iter((0.9, 0.99))):
         yield f"betas {type(value)}", "betas", value, TypeError, " must be a pair of numbers"
     for value in ((), [0.9], (0.9,) * 3):
         yield f"betas {value}", "betas", value, ValueError, " must be a pair of numbers"
     for key in ("amsgrad", "maximize"):
         for value in (1, 0, 1.0, "True", None, np.True_, [], np.array([True, False]), np.array(True)):
-            yield f"{key}={value!r}", key, value, TypeError, " must be True or False, got "
+            yield f"{key}={written(value)}", key, value, TypeError, " must be True or False, got "
 
 
 def option_rows() -> Iterator[Row]:
@@ -1024,7 +1023,7 @@ def state_rows() -> Iterator[Row]:
         error = TypeError if isinstance(step, Fraction) else error
         rows.append(
             (
-                f"step {step!r}",
+                f"step {written(step)}",
                 put("state_dict", "state", 2, "step", value=step),
                 error,
                 rf"{entry}\['step'\] must",
@@ -1079,7 +1078,7 @@ def file_rows() -> Iterator[Row]:
         under = to("kept/adam.safetensors/a", load=load)
         yield Row(f"{call}: file as folder", call, under, NotADirectoryError, r".*adam\.safetensors")
         yield Row(f"{call}: long name", call, to("kept/" + "x" * 300, load=load), OSError, ".*x{300}")
-        yield Row(f"{call}: zero byte", call, put(attribute, value="a\0b"), ValueError, "embedded null")
+        yield Row(f"{call}: zero byte", call, put(attribute, value="a\0b"), ValueError, ".*embedded null")
         for id, value in (("None", None), ("float", 1.5), ("list", ["a"]), ("dict", {})):
             yield Row(
                 f"{call}: path {id}",

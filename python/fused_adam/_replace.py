@@ -7,15 +7,19 @@ import re
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 if sys.platform != "win32":
     import fcntl
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
+T = TypeVar("T")
 _HASHED_ASIDE = 1 << 18  # bytes from which on a second thread saves time
 _FLUSHED_EARLY = 1 << 25  # bytes that are handed to the disk while the next ones are hashed
 
@@ -25,7 +29,7 @@ class Writer:
 
     def __init__(self, file: FileIO, path: str | os.PathLike[str]) -> None:
         self._file, self._path = file, path
-        self._pool = ThreadPoolExecutor(2)  # one to flush, one to hash; they start when they are needed
+        self._pool: ThreadPoolExecutor | None = None
         self._flush: Future[None] | None = None
         self._unflushed = 0
 
@@ -33,7 +37,8 @@ class Writer:
         return self
 
     def __exit__(self, error: object, *args: object) -> None:
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
         if error is None:
             self._wait()
 
@@ -46,21 +51,27 @@ class Writer:
         if self._unflushed >= _FLUSHED_EARLY:
             self._unflushed = 0
             self._wait()
-            with suppress(RuntimeError):  # at the exit of the interpreter there are no new threads
-                self._flush = self._pool.submit(os.fsync, self._file.fileno())
+            self._flush = self._aside(os.fsync, self._file.fileno())
 
     def write_hashed(self, data: memoryview, checksum: int) -> int:
         """Write, and hash meanwhile: both take about as long, and neither needs the GIL."""
-        hashed: Future[int] | None = None
-        if data.nbytes >= _HASHED_ASIDE:
-            with suppress(RuntimeError):  # as above
-                hashed = self._pool.submit(zlib.crc32, data, checksum)
+        hashed = self._aside(zlib.crc32, data, checksum) if data.nbytes >= _HASHED_ASIDE else None
         try:
             self.write(data)
         finally:
             if hashed is not None:
                 wait([hashed])  # also where the write fails: the memory is free to be reused then
         return zlib.crc32(data, checksum) if hashed is None else hashed.result()
+
+    def _aside(self, function: Callable[..., T], *args: object) -> Future[T] | None:
+        """On another thread; None at the exit of the interpreter, where none is started any more."""
+        with suppress(RuntimeError):
+            if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor  # at the exit not even this can be imported
+
+                self._pool = ThreadPoolExecutor(2)  # one to flush, one to hash
+            return self._pool.submit(function, *args)
+        return None
 
     def _wait(self) -> None:
         """An error is told only once by the operating system: the last fsync may not know of it."""
