@@ -1,5 +1,5 @@
-// A simple loop with the reads and writes of an Adam step, four streams in and three out, and one bitwise
-// operation an element in place of arithmetic. Compiled by peers.py, measured like a peer.
+// A simple loop with the reads and writes of an Adam step, four streams in and three out, and one
+// bitwise operation an element in place of arithmetic. Compiled by peers.py, measured like a peer.
 #include <stdint.h>
 
 #include <algorithm>
