@@ -239,10 +239,13 @@ def test_sixteen_threads_and_one_that_forks() -> None:
     expected = Model(num_threads=1).trained(1, 2)
     initial, grads = Model(num_threads=1).params, Model.grads(2)
     models = [Model(num_threads=2) for _ in range(16)]
+    all_step = threading.Barrier(len(models) + 1, timeout=PATIENCE)
     done = threading.Event()
 
     def step_on(model: Model) -> int:
-        steps = 0
+        model.opt.step(grads)
+        all_step.wait()
+        steps = 1
         while not done.is_set():
             model.opt.step(grads)
             steps += 1
@@ -251,18 +254,19 @@ def test_sixteen_threads_and_one_that_forks() -> None:
     with ThreadPoolExecutor(16) as pool:
         stepping = [pool.submit(step_on, model) for model in models]
         try:
-            for _ in range(3):
-                assert_same(Child(lambda: Model(num_threads=2).trained(1, 2)).result(), expected)
+            all_step.wait()
+            children = [Child(lambda: Model(num_threads=2).trained(1, 2)) for _ in range(6)]
         finally:
             done.set()
         steps = [future.result(PATIENCE) for future in stepping]
+    for child in children:
+        assert_same(child.result(), expected)
     twin, taken = Adam(initial, num_threads=1), 0
     for count, model in sorted(zip(steps, models, strict=True), key=lambda pair: pair[0]):
         for _ in range(count - taken):
             twin.step(grads)
         taken = count
         assert_same_bits(model.params, initial)
-    assert taken > 0
 
 
 # --- Programs of their own --------------------------------------------------------------------------
