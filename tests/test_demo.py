@@ -30,6 +30,7 @@ def needs_packages():
         pytest.importorskip(module)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("needs_packages")
 def test_demo(tmp_path):
     picture = tmp_path / "x.png"
@@ -68,6 +69,7 @@ print(codes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("needs_packages")
 def test_demo_says_what_failed(tmp_path):
     done = run_python("-c", FAILING, cwd=tmp_path)

@@ -98,6 +98,7 @@ KILLER = """
 """
 
 
+@pytest.mark.slow
 @posix
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     kills = 60

@@ -31,6 +31,8 @@ import pytest
 from fused_adam import Adam, _core
 from snapshots import assert_same_bits, map_tree, random_like
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 30  # seconds, until waiting counts as hanging
 PARALLEL = 600_011  # elements: enough for threads that sleep to be woken
 LARGE = 2_000_000  # elements: enough for another thread to come while they are updated

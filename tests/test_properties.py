@@ -8,8 +8,7 @@ import reference
 from cases import DTYPES, Arrays, all_isas, assert_same_arrays, assert_same_bits, awkward_values
 from fused_adam import Adam, adam_step
 
-# The same examples in every run: what fails, fails again.
-repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=300)
+thorough = settings(max_examples=3 * settings.default.max_examples)
 
 dtypes = st.sampled_from(DTYPES)
 threads = st.sampled_from([1, 2, 7])
@@ -57,7 +56,7 @@ def streams(draw, max_size=40):
     return Arrays(*draw(matrices(draw(dtypes), 5, draw(st.integers(0, max_size)))))
 
 
-@repeatable
+@thorough
 @given(streams(), options, step_numbers)
 def test_every_kernel_equals_the_reference(arrays, options, step):
     expected = reference.adam(*arrays, step=step, **options)
@@ -86,7 +85,7 @@ def assert_same_state(actual, expected):
         assert_same_bits(actual[key], expected[key], key)
 
 
-@repeatable
+@thorough
 @given(trainings(), options, st.lists(st.integers(0, 40)), threads)
 def test_pieces_train_as_the_whole(training, options, cuts, threads):
     param, grads = training
@@ -100,7 +99,7 @@ def test_pieces_train_as_the_whole(training, options, cuts, threads):
     assert_same_bits(np.concatenate(pieces), whole[0])
 
 
-@repeatable
+@thorough
 @given(trainings(), options, st.integers(0, 4), st.integers(0, 4))
 def test_save_and_resume_anywhere(training, options, first, second):
     """Two interruptions; each time a new optimizer goes on with what the last one saved."""
@@ -122,7 +121,7 @@ def test_save_and_resume_anywhere(training, options, first, second):
     assert_same_state(optimizer.state[0], expected.state[0])
 
 
-@repeatable
+@thorough
 @given(trainings(), options)
 def test_the_class_is_the_function(training, options):
     """Adam keeps moments and counts; adam_step leaves both to its caller."""
@@ -143,7 +142,7 @@ def test_the_class_is_the_function(training, options):
     assert_same_state(optimizer.state[0], {"step": step, **state})
 
 
-@repeatable
+@thorough
 @given(streams(), options, step_numbers)
 def test_elements_do_not_know_each_other(arrays, options, step):
     """In another order they are updated to the same values: all lanes of all vectors are alike."""
