@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cases import all_isas, assert_same_arrays, awkward_values, each_dtype, random_arrays
-from fused_adam import _core, show_config
+from fused_adam import _config, _core, show_config
 
 ON_LINUX_X86 = sys.platform == "linux" and platform.machine() == "x86_64"
 
@@ -121,6 +121,20 @@ def test_an_empty_variable_counts_as_unset():
     assert config["num_threads"] >= 1
 
 
+@pytest.fixture
+def refused(monkeypatch):
+    """Reads a variable of the environment as an import does, and checks the message."""
+
+    def check(read, variable, text):
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(ValueError, match=f"^environment variable {variable}") as caught:
+            read()
+        assert repr(text) in str(caught.value)
+        return str(caught.value)
+
+    return check
+
+
 # Of each name: written otherwise, and with something more or less.
 MISNAMED = [
     wrong
@@ -130,13 +144,18 @@ MISNAMED = [
 
 
 @pytest.mark.parametrize("isa", [*MISNAMED, ",".join(_core.compiled_isas()), "native", " "])
-def test_an_unknown_isa_is_refused(isa):
-    error = import_with(FUSED_ADAM_ISA=isa)
-    assert isinstance(error, str), f"{isa!r} was taken for {error['isa']}"
-    assert error.startswith("ValueError: environment variable FUSED_ADAM_ISA")
-    assert repr(isa) in error
+def test_an_unknown_isa_is_refused(isa, refused):
+    message = refused(_config._isa, "FUSED_ADAM_ISA", isa)
     for supported in all_isas():
-        assert supported in error
+        assert supported in message
+
+
+@pytest.mark.parametrize("variable", ["FUSED_ADAM_ISA", "FUSED_ADAM_NUM_THREADS"])
+def test_the_import_refuses(variable):
+    error = import_with(**{variable: "no such thing"})
+    assert isinstance(error, str)
+    assert error.startswith(f"ValueError: environment variable {variable}")
+    assert "'no such thing'" in error
 
 
 @pytest.mark.parametrize("isa", [isa for isa in KNOWN_ISAS if isa not in all_isas()])
@@ -167,11 +186,8 @@ def test_the_number_of_threads_is_taken(threads):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.0", "2 threads", "1e3", "+2", " 2", "0x2", "9" * 20])
-def test_a_bad_number_of_threads_is_refused(text):
-    error = import_with(FUSED_ADAM_NUM_THREADS=text)
-    assert isinstance(error, str), f"{text!r} was taken for {error['num_threads']}"
-    assert error.startswith("ValueError: environment variable FUSED_ADAM_NUM_THREADS")
-    assert repr(text) in error
+def test_a_bad_number_of_threads_is_refused(text, refused):
+    refused(_config._max_threads, "FUSED_ADAM_NUM_THREADS", text)
 
 
 def test_this_process_uses_what_it_says():

@@ -1,6 +1,6 @@
 """Threads, forked processes, and limits on the number of threads.
 
-No test measures a time. Those that need two threads to meet try again until they did, for as long as patience lasts.
+No test measures a time. Those that need two threads to meet try again until they did, up to a bound.
 """
 
 from __future__ import annotations
