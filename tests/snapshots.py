@@ -82,10 +82,15 @@ def assert_same_state(actual: Adam, expected: Adam) -> None:
         assert_same_bits(found, entry)
 
 
+def owner_of(array: np.ndarray) -> np.ndarray:
+    """The array whose memory it is."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
 def _array_facts(array: np.ndarray) -> tuple[Any, ...]:
-    owner = array  # the whole memory: a write between the elements of a strided view counts too
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
+    owner = owner_of(array)  # a write between the elements of a strided view counts too
     layout = (array.dtype, array.shape, array.strides, array.flags.writeable)
     return (id(array), *layout, np.asarray(array).tobytes(), np.asarray(owner).tobytes())
 
