@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -18,6 +18,8 @@ from refusals.world import World
 
 def state_rows() -> Iterator[Row]:
     """Checkpoints in memory with each of their fields broken; tests/test_state.py has more of each."""
+    in_group = functools.partial(put, "state_dict", "param_groups", 1)
+    in_entry = functools.partial(put, "state_dict", "state", 2)
     entry, saved_group = r"state_dict\['state'\]\[2\]", r"state_dict\['param_groups'\]\[1\]"
     rows: list[tuple[str, Change, type[Exception], str]] = [
         ("None", put("state_dict"), TypeError, "state_dict must be a dict"),
@@ -48,74 +50,34 @@ def state_rows() -> Iterator[Row]:
             ValueError,
             "state_dict has 4 ",
         ),
-        ("group None", put("state_dict", "param_groups", 1), TypeError, f"{saved_group} must be a dict"),
+        ("group None", in_group(), TypeError, f"{saved_group} must be a dict"),
         (
             "no ids",
             drop("state_dict", "param_groups", 1, "params"),
             ValueError,
             f"{saved_group} has no key 'params'",
         ),
-        (
-            "ids int",
-            put("state_dict", "param_groups", 1, "params", value=1),
-            TypeError,
-            rf"{saved_group}\['params'\]",
-        ),
-        (
-            "ids array",
-            put("state_dict", "param_groups", 1, "params", value=np.arange(2)),
-            TypeError,
-            saved_group,
-        ),
-        (
-            "ids of arrays",
-            put("state_dict", "param_groups", 1, "params", make=lambda i: [np.ones(1)] * 2),
-            TypeError,
-            saved_group,
-        ),
-        (
-            "an id less",
-            put("state_dict", "param_groups", 1, "params", value=[1]),
-            ValueError,
-            f"{saved_group} has 1 param",
-        ),
-        (
-            "an id twice",
-            put("state_dict", "param_groups", 1, "params", value=[1, 0]),
-            ValueError,
-            ".*lists a parameter twice",
-        ),
-        (
-            "other ids",
-            put("state_dict", "param_groups", 1, "params", value=[1, "2"]),
-            ValueError,
-            r".*no group: \[2\]",
-        ),
+        ("ids int", in_group("params", value=1), TypeError, rf"{saved_group}\['params'\]"),
+        ("ids array", in_group("params", value=np.arange(2)), TypeError, saved_group),
+        ("ids of arrays", in_group("params", make=lambda i: [np.ones(1)] * 2), TypeError, saved_group),
+        ("an id less", in_group("params", value=[1]), ValueError, f"{saved_group} has 1 param"),
+        ("an id twice", in_group("params", value=[1, 0]), ValueError, ".*lists a parameter twice"),
+        ("other ids", in_group("params", value=[1, "2"]), ValueError, r".*no group: \[2\]"),
         (
             "names",
-            put("state_dict", "param_groups", 1, "param_names", value=["b.1", "b.0"]),
+            in_group("param_names", value=["b.1", "b.0"]),
             ValueError,
             rf"{saved_group}: its parameter 0 is named",
         ),
-        (
-            "names str",
-            put("state_dict", "param_groups", 1, "param_names", value="b.0"),
-            TypeError,
-            rf"{saved_group}\['param_n",
-        ),
-        ("entry None", put("state_dict", "state", 2), TypeError, f"{entry} must be a dict"),
+        ("names str", in_group("param_names", value="b.0"), TypeError, rf"{saved_group}\['param_n"),
+        ("entry None", in_entry(), TypeError, f"{entry} must be a dict"),
         (
             "entry of nobody",
             put("state_dict", "state", 3, value={}),
             ValueError,
             r"state_dict\['state'\] has entries",
         ),
-        (
-            "field of SGD",
-            put("state_dict", "state", 2, "momentum", value=1),
-            ValueError,
-            rf"{entry} has \['momentum'\]",
-        ),
+        ("field of SGD", in_entry("momentum", value=1), ValueError, rf"{entry} has \['momentum'\]"),
         (
             "other parameter's",
             lambda w: w.state_dict["state"].update({2: w.state_dict["state"][1]}),
@@ -123,27 +85,14 @@ def state_rows() -> Iterator[Row]:
             entry,
         ),
     ]
-    for step, error in itertools.chain(
-        zip(
-            (-1, 0.5, NAN, INF, 2**53 + 1, np.array(-1), np.float32(0.1), Fraction(5, 2)),
-            [ValueError] * 8,
-            strict=True,
-        ),
-        zip(
-            ("3", None, True, 3j, [3], np.array([3]), np.array("3"), np.array(True)),
-            [TypeError] * 8,
-            strict=True,
-        ),
-    ):
-        error = TypeError if isinstance(step, Fraction) else error
-        rows.append(
-            (
-                f"step {written(step)}",
-                put("state_dict", "state", 2, "step", value=step),
-                error,
-                rf"{entry}\['step'\] must",
-            )
-        )
+    steps: dict[type[Exception], tuple[Any, ...]] = {
+        ValueError: (-1, 0.5, NAN, INF, 2**53 + 1, np.array(-1), np.float32(0.1)),
+        TypeError: (Fraction(5, 2), "3", None, True, 3j, [3], np.array([3]), np.array("3"), np.array(True)),
+    }
+    for error, values in steps.items():
+        for step in values:
+            change = in_entry("step", value=step)
+            rows.append((f"step {written(step)}", change, error, rf"{entry}\['step'\] must"))
     for name in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         rows.append(
             (f"no {name}", drop("state_dict", "state", 2, name), ValueError, f"{entry} has no '{name}'")
@@ -153,23 +102,23 @@ def state_rows() -> Iterator[Row]:
         for dtype in ("f4", "f2", "i8", "c16", "?", "O", SWAPPED + "f8", "g", "f8,f8"):
             if np.dtype(dtype) == np.float64:
                 continue  # long double, where it is none
-            change = put("state_dict", "state", 2, name, make=lambda a, dtype=dtype: filled(a, dtype))
+            change = in_entry(name, make=lambda a, dtype=dtype: filled(a, dtype))
             rows.append(
                 (f"{name} {dtype}", change, TypeError, f"{place} has dtype .*, the parameter float64")
             )
         for id, make in MISFITS.items():
             if id != "other float":
-                change = put("state_dict", "state", 2, name, make=make[0])
+                change = in_entry(name, make=make[0])
                 rows.append(
                     (f"{name} {id}", change, ValueError, rf"{place} has shape .*, the parameter \(2, 3\)")
                 )
         for id, value in (("None", None), ("list", [[0.0] * 3] * 2), ("number", 0.0), ("bytes", b"0")):
-            change = put("state_dict", "state", 2, name, value=value)
+            change = in_entry(name, value=value)
             rows.append((f"{name} {id}", change, TypeError, f"{place} must be an array, got"))
-        change = put("state_dict", "state", 2, name, make=lambda a: np.ma.masked_less(a, 0))
+        change = in_entry(name, make=lambda a: np.ma.masked_less(a, 0))
         rows.append((f"{name} masked", change, TypeError, f"{place} must be an array, got MaskedArray"))
     for id, change, error, message in rows:
-        yield Row(f"load_state_dict: {id}", "load_state_dict", change, error, message)
+        yield Row(f"{id}", "load_state_dict", change, error, message)
 
 
 def file_rows() -> Iterator[Row]:
@@ -183,25 +132,23 @@ def file_rows() -> Iterator[Row]:
         attribute = "load_path" if load else "path"
         if sys.platform == "win32":
             continue  # other errors
-        yield Row(f"{call}: no folder", call, to("missing/a", load=load), FileNotFoundError, ".*missing")
-        yield Row(f"{call}: folder", call, to("kept", load=load), IsADirectoryError, ".*kept")
+        yield Row("no folder", call, to("missing/a", load=load), FileNotFoundError, ".*missing")
+        yield Row("folder", call, to("kept", load=load), IsADirectoryError, ".*kept")
         under = to("kept/adam.safetensors/a", load=load)
-        yield Row(f"{call}: file as folder", call, under, NotADirectoryError, r".*adam\.safetensors")
-        yield Row(f"{call}: long name", call, to("kept/" + "x" * 300, load=load), OSError, ".*x{300}")
-        yield Row(f"{call}: zero byte", call, put(attribute, value="a\0b"), ValueError, ".*embedded null")
+        yield Row("file as folder", call, under, NotADirectoryError, r".*adam\.safetensors")
+        yield Row("long name", call, to("kept/" + "x" * 300, load=load), OSError, ".*x{300}")
+        yield Row("zero byte", call, put(attribute, value="a\0b"), ValueError, ".*embedded null")
         for id, value in (("None", None), ("float", 1.5), ("list", ["a"]), ("dict", {})):
             yield Row(
-                f"{call}: path {id}",
+                f"path {id}",
                 call,
                 put(attribute, value=value),
                 TypeError,
                 ".*PathLike object, not " + type(value).__name__,
             )
-    yield Row("load: no file", "load", to("kept/none", load=True), FileNotFoundError, ".*kept/none")
-    yield Row("save: path int", "save", put("path", value=10**6), TypeError, ".*PathLike object, not int")
-    yield Row(
-        "load: path int", "load", put("load_path", value=10**6), TypeError, ".*PathLike object, not int"
-    )
+    yield Row("no file", "load", to("kept/none", load=True), FileNotFoundError, ".*kept/none")
+    yield Row("path int", "save", put("path", value=10**6), TypeError, ".*PathLike object, not int")
+    yield Row("path int", "load", put("load_path", value=10**6), TypeError, ".*PathLike object, not int")
 
     def damaged(damage: Callable[[bytearray], Any]) -> Change:
         def change(world: World) -> None:
@@ -232,7 +179,7 @@ def file_rows() -> Iterator[Row]:
         "text": damaged(lambda c: c.__setitem__(slice(None), b"no checkpoint\n" * 9)),
     }.items():
         yield Row(
-            f"load: {id}", "load", change, CheckpointError, ".*damaged: .*(checkpoint|bytes|checksum|cut off)"
+            f"{id}", "load", change, CheckpointError, ".*damaged: .*(checkpoint|bytes|checksum|cut off)"
         )
 
     b = ("loaded_params", 1, "params")
@@ -288,7 +235,7 @@ def file_rows() -> Iterator[Row]:
             ".*same array",
         ),
     ):
-        yield Row(f"load: params {id}", "load", change, error, message)
+        yield Row(f"params {id}", "load", change, error, message)
     for id, value in (
         ("nan", NAN),
         ("inf", INF),
@@ -301,7 +248,7 @@ def file_rows() -> Iterator[Row]:
         ("function", len),
     ):
         message = r"param_groups\[1\]\['note'\].* is .*, which cannot be saved"
-        yield Row(f"save: option {id}", "save", edit(1, "note", value), TypeError, message)
+        yield Row(f"option {id}", "save", edit(1, "note", value), TypeError, message)
 
     class Enough(Exception):
         pass
@@ -311,6 +258,6 @@ def file_rows() -> Iterator[Row]:
 
     for call, attribute in (("save", "save_options"), ("load", "load_options")):
         stop = put(attribute, "progress", value=enough)
-        yield Row(f"{call}: progress raises", call, stop, Enough, "said progress")
+        yield Row("progress raises", call, stop, Enough, "said progress")
         no_function = put(attribute, "progress", value=5)
-        yield Row(f"{call}: progress int", call, no_function, TypeError, "'int' object is not callable")
+        yield Row("progress int", call, no_function, TypeError, "'int' object is not callable")

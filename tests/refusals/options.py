@@ -83,26 +83,20 @@ def option_rows() -> Iterator[Row]:
             added_error, added_message = ValueError, " is an array: arrays to train belong under"
         saved = rf"state_dict\['param_groups'\]\[1\]\['{key}'\]"
         rows = [
-            Row(f"AdamW: {id}", "AdamW", put("new_options", key, value=value), error, given + message),
+            Row(f"{id}", "AdamW", put("new_options", key, value=value), error, given + message),
+            Row(f"{id}", "adam_step", put("step_options", key, value=value), error, given + message),
             Row(
-                f"adam_step: {id}", "adam_step", put("step_options", key, value=value), error, given + message
+                f"{id}", "add_param_group", put("group", key, value=value), added_error, added + added_message
             ),
             Row(
-                f"add_param_group: {id}",
-                "add_param_group",
-                put("group", key, value=value),
-                added_error,
-                added + added_message,
-            ),
-            Row(
-                f"load_state_dict: {id}",
+                f"{id}",
                 "load_state_dict",
                 put("state_dict", "param_groups", 1, key, value=value),
                 error,
                 saved + message,
             ),
             *(
-                Row(f"{call}: edited {id}", call, edit(1, key, value), error, edited + message)
+                Row(f"edited {id}", call, edit(1, key, value), error, edited + message)
                 for call in ("step", "step()", "state_dict", "save")
             ),
         ]
@@ -110,37 +104,25 @@ def option_rows() -> Iterator[Row]:
             rows = [
                 row for row in rows if row.call != "load_state_dict"
             ]  # which takes them as PyTorch's tensors
-        yield Row(f"Adam: {id}", "Adam", put("new_options", key, value=value), error, given + message)
+        yield Row(f"{id}", "Adam", put("new_options", key, value=value), error, given + message)
         if key == "lr":
-            yield Row(f"set lr: {id}", "set lr", put("lr", value=value), error, given + message)
+            yield Row(f"{id}", "set lr", put("lr", value=value), error, given + message)
         # All calls ask the same reader: some values everywhere, the others somewhere.
         everywhere = id.endswith((" str", " nan", "=None", "=1.0"))
         yield from (rows if everywhere else [rows[i % len(rows)]])
     for key, wrong in (("decoupled_weight_decay", 1), ("decoupled_weight_decay", None)):
         message = "decoupled_weight_decay'?(\\])? must be True or False"
-        yield Row(f"Adam: {key}={wrong}", "Adam", put("new_options", key, value=wrong), TypeError, message)
-        yield Row(
-            f"adam_step: {key}={wrong}",
-            "adam_step",
-            put("step_options", key, value=wrong),
-            TypeError,
-            message,
-        )
+        yield Row(f"{key}={wrong}", "Adam", put("new_options", key, value=wrong), TypeError, message)
+        yield Row(f"{key}={wrong}", "adam_step", put("step_options", key, value=wrong), TypeError, message)
         place = r"param_groups\[0\]\['decoupled_weight_decay'\] must be True or False"
-        yield Row(f"step: {key}={wrong}", "step", edit(0, key, wrong), TypeError, place)
+        yield Row(f"{key}={wrong}", "step", edit(0, key, wrong), TypeError, place)
     change = put("new_options", "decoupled_weight_decay", value=True)
     yield Row(
-        "AdamW: decoupled",
-        "AdamW",
-        change,
-        TypeError,
-        ".*unexpected keyword argument 'decoupled_weight_decay'",
+        "decoupled", "AdamW", change, TypeError, ".*unexpected keyword argument 'decoupled_weight_decay'"
     )
     for call, attribute in (("Adam", "new_options"), ("AdamW", "new_options"), ("adam_step", "step_options")):
         change = put(attribute, "learning_rate", value=0.1)
-        yield Row(
-            f"{call}: unknown", call, change, TypeError, ".*unexpected keyword argument 'learning_rate'"
-        )
+        yield Row("unknown", call, change, TypeError, ".*unexpected keyword argument 'learning_rate'")
     for id, value, error, message in (
         ("0", 0, ValueError, "must be >= 1 or None, got 0"),
         ("negative", -(2**70), ValueError, "must be >= 1 or None, got -"),
@@ -164,7 +146,7 @@ def option_rows() -> Iterator[Row]:
             ("adam_step", "step_options"),
         ):
             change = put(attribute, "num_threads", value=value)
-            yield Row(f"{call}: num_threads {id}", call, change, error, f"num_threads {message}")
+            yield Row(f"num_threads {id}", call, change, error, f"num_threads {message}")
     for id, value, error, message in (
         ("0", 0, ValueError, "must be >= 1 and < 2..63, got 0"),
         ("negative", -(2**63) - 1, ValueError, "must be >= 1 and"),
@@ -183,12 +165,10 @@ def option_rows() -> Iterator[Row]:
         ("array", np.array([3]), TypeError, "must be an int, got"),
     ):
         change = put("step_options", "step", value=value)
-        yield Row(f"adam_step: step {id}", "adam_step", change, error, f"step {message}")
-    yield Row(
-        "adam_step: no step", "adam_step", drop("step_options", "step"), TypeError, ".*argument: 'step'"
-    )
+        yield Row(f"step {id}", "adam_step", change, error, f"step {message}")
+    yield Row("no step", "adam_step", drop("step_options", "step"), TypeError, ".*argument: 'step'")
     no_maximum = put("arrays", "max_exp_avg_sq", value=None)
-    yield Row("adam_step: no maximum", "adam_step", no_maximum, ValueError, "amsgrad needs max_exp_avg_sq")
+    yield Row("no maximum", "adam_step", no_maximum, ValueError, "amsgrad needs max_exp_avg_sq")
     for role in ROLES[:4]:
         change = drop("arrays", role)
-        yield Row(f"adam_step: no {role}", "adam_step", change, TypeError, f".*argument: '{role}'")
+        yield Row(f"no {role}", "adam_step", change, TypeError, f".*argument: '{role}'")

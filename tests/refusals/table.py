@@ -18,7 +18,7 @@ Change = Callable[[World], Any]
 
 
 class Row(NamedTuple):
-    id: str
+    id: str  # unique among the rows of a call
     call: str  # a key of CALLS
     change: Change  # what is broken before
     error: type[BaseException]
