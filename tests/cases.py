@@ -103,7 +103,7 @@ def random_arrays(size: int, dtype: Any, seed: int = 0) -> Arrays:
     return _drawn(size, dtype, seed).copy()
 
 
-@functools.lru_cache(8)  # drawing takes ten times as long as copying
+@functools.lru_cache(2)  # drawing takes ten times as long as copying; both dtypes come in turn
 def _drawn(size: int, dtype: Any, seed: int) -> Arrays:
     rng = np.random.default_rng(seed)
     spread = 10.0 ** rng.uniform(-6, 1, (5, size))

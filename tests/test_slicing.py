@@ -60,6 +60,14 @@ def trained_whole(size, dtype, seed=0):
     return param, moments(trained(param, grads, num_threads=1))[0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays():
+    """Later tests fork, which takes longer the more memory there is."""
+    yield
+    params_and_grads.cache_clear()
+    trained_whole.cache_clear()
+
+
 def moments(optimizer):
     """For each parameter: exp_avg, exp_avg_sq, max_exp_avg_sq."""
     return [[state[key] for key in state if key != "step"] for state in optimizer.state.values()]
