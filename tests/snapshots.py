@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,13 @@ def train(opt: Adam, like: Any, seeds: Sequence[int]) -> None:
         opt.step(random_like(like, seed))
 
 
+def assign(array: np.ndarray, name: str, value: Any) -> None:
+    """Sets shape or dtype in place, which NumPy would rather see in no program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        setattr(array, name, value)
+
+
 def same_bits(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
@@ -74,10 +82,15 @@ def assert_same_state(actual: Adam, expected: Adam) -> None:
         assert_same_bits(found, entry)
 
 
+def owner_of(array: np.ndarray) -> np.ndarray:
+    """The array whose memory it is."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
 def _array_facts(array: np.ndarray) -> tuple[Any, ...]:
-    owner = array  # the whole memory: a write between the elements of a strided view counts too
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
+    owner = owner_of(array)  # a write between the elements of a strided view counts too
     layout = (array.dtype, array.shape, array.strides, array.flags.writeable)
     return (id(array), *layout, np.asarray(array).tobytes(), np.asarray(owner).tobytes())
 

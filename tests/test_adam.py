@@ -22,6 +22,7 @@ from snapshots import (
     Snapshot,
     assert_same_bits,
     assert_same_state,
+    assign,
     leaves,
     map_tree,
     random_like,
@@ -567,8 +568,8 @@ def test_what_is_done_to_a_view_stays_with_it() -> None:
     scene = Scene()
     views = scene.opt.state["w"]
     views["exp_avg"].setflags(write=False)
-    views["exp_avg_sq"].shape = (12,)
-    views["exp_avg"].dtype = np.int32
+    assign(views["exp_avg_sq"], "shape", (12,))
+    assign(views["exp_avg"], "dtype", np.int32)
     del views["max_exp_avg_sq"]
     views["step"] = 77
     scene.goes_on()

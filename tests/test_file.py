@@ -522,6 +522,7 @@ def test_progress(tmp_path: pathlib.Path) -> None:
     assert calls[-1] == (2 * (24 + 32) + 16,) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(5, "mine"), CheckpointError("mine")], ids=repr)
 def test_cancelled_by_progress(tmp_path: pathlib.Path, error: Any) -> None:
     params, opt = large()
@@ -549,6 +550,7 @@ def test_cancelled_by_progress(tmp_path: pathlib.Path, error: Any) -> None:
     opt.save(tmp_path / "a")  # it is free again
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: pathlib.Path) -> None:
     params, opt = large()
     tracemalloc.start()

@@ -100,6 +100,7 @@ KILLER = """
 """
 
 
+@pytest.mark.slow
 @posix
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     kills = 60
@@ -319,7 +320,7 @@ def test_writes_that_stop_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_saved_by_the_exit_of_the_interpreter(tmp_path: Path) -> None:
     """When threads are no longer started, and more is saved than is flushed at once."""
     script = """
-        import atexit, sys
+        import atexit, sys, threading
         import numpy as np
         from fused_adam import Adam
         params = np.zeros(5_000_000)

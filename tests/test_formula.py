@@ -48,7 +48,8 @@ def guarded(array, offset):
 
 def step_in_guards(isa, options, step, arrays, where):
     """The arrays after a step on copies that begin at offsets `where`; checks the memory around them."""
-    inner, memory = zip(*map(guarded, arrays, where), strict=True)
+    copies = [guarded(array, offset) for array, offset in zip(arrays, where, strict=True)]
+    inner, memory = zip(*copies, strict=True)
     result = Arrays(*inner)
     result.step(options, step, isa)
     pad = LINE // arrays.param.itemsize

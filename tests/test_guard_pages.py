@@ -6,6 +6,7 @@ A step that goes one element too far ends the process there, so all steps run in
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -49,8 +50,8 @@ SMALL = (*range(2 * WIDTH + 2), 63, 64, 65, 127, 1001)
 LARGE = 600_011  # as in test_slicing.py: enough for threads to be started and woken
 THREADS = 3
 
-# Where each array of a step lies against a page without access: "<" begins after one, ">" ends before one.
-PLACEMENTS = (">>>>>", "<<<<<", "><><>", "<><><")
+# Where the arrays of a step, in turn, lie: "<" begins after a page without access, ">" ends before one.
+PLACEMENTS = (">", "<", "><", "<>")
 
 
 class Region:
@@ -77,6 +78,22 @@ class Region:
         assert (self.bytes == FILLING).all(), f"bytes beside an array at {side} were written"
 
 
+def regions_for(arrays: Arrays) -> list[Region]:
+    return [Region(array) for array in arrays]
+
+
+def placed(regions: list[Region], arrays: Arrays, placement: str) -> Arrays:
+    """Copies of the arrays, each in its region."""
+    sides = itertools.cycle(placement)
+    return Arrays(*(region.place(a, next(sides)) for region, a in zip(regions, arrays, strict=True)))
+
+
+def assert_all_clean(regions: list[Region], arrays: Arrays, placement: str) -> None:
+    sides = itertools.cycle(placement)
+    for region, array in zip(regions, arrays, strict=True):
+        region.assert_clean(array, next(sides))
+
+
 def protect(memory: np.ndarray, access: int) -> None:
     """What may be done from now on to whole pages."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -100,17 +117,16 @@ def steps(
     for dtype in DTYPES:
         for size in sizes:
             start = random_arrays(size, dtype)
-            regions = [Region(array) for array in start]
+            regions = regions_for(start)
             for form in forms:
                 expected = start.copy()  # from ordinary memory
                 expected.step(OPTIONS[form], 3, isa)
                 for placement in placements:
                     log(f"{dtype.__name__}, {size} elements, {form}, placed {placement}")
-                    arrays = Arrays(*map(Region.place, regions, start, placement))
+                    arrays = placed(regions, start, placement)
                     arrays.step(OPTIONS[form], 3, isa, threads)
                     assert_same_arrays(arrays, expected)
-                    for region, array, side in zip(regions, arrays, placement, strict=True):
-                        region.assert_clean(array, side)
+                    assert_all_clean(regions, arrays, placement)
 
 
 def small(log: Log, isa: str) -> None:
@@ -132,16 +148,17 @@ def no_more_than_needed(log: Log, isa: str) -> None:
         for form in FORMS:
             log(f"{dtype.__name__}, {form}")
             start = random_arrays(1001, dtype)
-            regions = [Region(array) for array in start]
-            arrays = Arrays(*map(Region.place, regions, start, PLACEMENTS[0]))
+            regions = regions_for(start)
+            by_name = dict(zip(Arrays._fields, regions, strict=True))
+            arrays = placed(regions, start, PLACEMENTS[0])
             expected = start.copy()
             expected.step(OPTIONS[form], 3, isa)
-            protect(regions[1].bytes, READ_ONLY)
+            protect(by_name["grad"].bytes, READ_ONLY)
             if not OPTIONS[form]["amsgrad"]:
-                protect(regions[4].bytes, NO_ACCESS)
+                protect(by_name.pop("max_exp_avg_sq").bytes, NO_ACCESS)
             arrays.step(OPTIONS[form], 3, isa)
-            for array, wanted in list(zip(arrays, expected, strict=True))[:4]:
-                assert_same_bits(array, wanted)
+            for name in by_name:
+                assert_same_bits(getattr(arrays, name), getattr(expected, name), name)
 
 
 def optimizer(log: Log, isa: str) -> None:
@@ -171,12 +188,12 @@ def optimizer(log: Log, isa: str) -> None:
 def one_too_far(log: Log, isa: str) -> None:
     """Not an array that anybody could have: its last element lies in the page without access."""
     arrays = random_arrays(2 * WIDTH, np.float32)
-    regions = [Region(array) for array in arrays]
-    placed = Arrays(*map(Region.place, regions, arrays, ">>>>>"))
-    address = placed.grad.ctypes.data + placed.grad.itemsize
+    regions = regions_for(arrays)
+    inside = placed(regions, arrays, ">")
+    address = inside.grad.ctypes.data + inside.grad.itemsize
     log("a gradient that is one element too far")
-    beyond = np.frombuffer((ctypes.c_char * placed.grad.nbytes).from_address(address), np.float32)
-    placed._replace(grad=beyond).step(OPTIONS[FORMS[0]], 3, isa)
+    beyond = np.frombuffer((ctypes.c_char * inside.grad.nbytes).from_address(address), np.float32)
+    inside._replace(grad=beyond).step(OPTIONS[FORMS[0]], 3, isa)
 
 
 def child(isa: str, log_path: str, *functions: str) -> None:

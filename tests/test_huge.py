@@ -23,6 +23,8 @@ import pytest
 from cases import DEFAULTS, OPTIONS, Arrays, assert_same_bits, random_arrays
 from fused_adam import Adam
 
+pytestmark = pytest.mark.slow
+
 PAGE = mmap.PAGESIZE
 TILE_BYTES = 1025 * PAGE  # odd, so that an index that is wrong by a power of two is another one of the tile
 TILE = TILE_BYTES // 4  # elements of float32

@@ -351,6 +351,7 @@ def test_thinc_with_read_only_gradients_and_fortran_order(thinc):
     assert np.allclose(w, 0.9) and optimizer.nr_update[(1, "W")] == 1  # 0.1 is not a float
 
 
+@pytest.mark.slow
 def test_thinc_with_a_torch_layer(thinc, torch):
     from fused_adam.thinc import Adam as ThincAdam
 
@@ -450,6 +451,7 @@ def test_torch_module(torch):
     assert train_torch(torch, model, stepper(opt, model), EPOCHS) >= 0.97
 
 
+@pytest.mark.slow
 def test_torch_module_has_the_bits_of_torch(torch):
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("the promise is for AVX2 and AVX512, see test_torch.py")
@@ -556,6 +558,7 @@ def test_moments_on_disk(tmp_path):
 # --- type checkers ---
 
 
+@pytest.mark.slow
 def test_mypy_accepts_a_typed_example(tmp_path):
     pytest.importorskip("mypy")
     example = Path(__file__).with_name("typed_example.py")

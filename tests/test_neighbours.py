@@ -20,6 +20,8 @@ import pytest
 
 from fused_adam import Adam, _core
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 120  # seconds, until waiting counts as hanging: two large libraries are imported
 
 on_x86 = pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import subprocess
@@ -33,10 +34,14 @@ STEPS = 3
 OPTIMIZER = {"lr": 0.01, "weight_decay": 0.02, "amsgrad": True}
 
 
+@functools.lru_cache(None)
 def params_and_grads(size, dtype, seed=0):
-    """A parameter and a gradient for each step."""
-    param = random_arrays(size, dtype, seed).param
-    return param, [random_arrays(size, dtype, seed + 1 + i).grad for i in range(STEPS)]
+    """A parameter and a gradient for each step, not to be changed."""
+    param = random_arrays(size, dtype, seed).param.copy()  # alone: the other arrays need not stay
+    grads = [random_arrays(size, dtype, seed + 1 + i).grad.copy() for i in range(STEPS)]
+    for array in (param, *grads):
+        array.setflags(write=False)
+    return param, grads
 
 
 def trained(params, grads_of_steps, **options):
@@ -47,17 +52,25 @@ def trained(params, grads_of_steps, **options):
     return optimizer
 
 
+@functools.lru_cache(None)
+def trained_whole(size, dtype, seed=0):
+    """What one thread makes of such a parameter, alone: the parameter, and its moments."""
+    param, grads = params_and_grads(size, dtype, seed)
+    param = param.copy()
+    return param, moments(trained(param, grads, num_threads=1))[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays():
+    """Later tests fork, which takes longer the more memory there is."""
+    yield
+    params_and_grads.cache_clear()
+    trained_whole.cache_clear()
+
+
 def moments(optimizer):
     """For each parameter: exp_avg, exp_avg_sq, max_exp_avg_sq."""
     return [[state[key] for key in state if key != "step"] for state in optimizer.state.values()]
-
-
-def assert_same_training(actual, params, expected, expected_params):
-    for param, expected_param in zip(params, expected_params, strict=True):
-        assert_same_bits(param, expected_param, "param")
-    for state, expected_state in zip(moments(actual), moments(expected), strict=True):
-        for moment, expected_moment in zip(state, expected_state, strict=True):
-            assert_same_bits(moment, expected_moment, "moment")
 
 
 # --- threads ---------------------------------------------------------------------------------------
@@ -79,10 +92,12 @@ def test_any_number_of_threads(name, dtype, isa):
 @pytest.mark.parametrize("threads", THREADS)
 def test_an_optimizer_with_any_number_of_threads(threads):
     param, grads = params_and_grads(LARGE, np.float32)
-    one, many = param.copy(), param.copy()
-    expected = trained(one, grads, num_threads=1)
-    actual = trained(many, grads, num_threads=threads)
-    assert_same_training(actual, [many], expected, [one])
+    param = param.copy()
+    actual = moments(trained(param, grads, num_threads=threads))[0]
+    expected, expected_moments = trained_whole(LARGE, np.float32)
+    assert_same_bits(param, expected, "param")
+    for moment, expected_moment in zip(actual, expected_moments, strict=True):
+        assert_same_bits(moment, expected_moment, "moment")
 
 
 COUNT_THREADS = f"""
@@ -131,21 +146,21 @@ SPLITS = ("halves", "uneven", "with empty pieces", "equal", "primes", "small", "
 def test_any_split_of_an_array(kind, threads, dtype):
     """Views of one array, so that their pieces lie side by side and anywhere in a line."""
     param, grads = params_and_grads(LARGE, dtype)
-    whole, split = param.copy(), param.copy()
+    split = param.copy()
     cuts = cuts_of(kind, LARGE)
-    expected = trained(whole, grads, num_threads=1)
+    whole, expected = trained_whole(LARGE, dtype)
     actual = trained(np.split(split, cuts), [np.split(grad, cuts) for grad in grads], num_threads=threads)
     assert_same_bits(split, whole)
     joined = [np.concatenate(pieces) for pieces in zip(*moments(actual), strict=True)]
-    for moment, expected_moment in zip(joined, moments(expected)[0], strict=True):
+    for moment, expected_moment in zip(joined, expected, strict=True):
         assert_same_bits(moment, expected_moment)
 
 
 def some_arrays():
-    """Parameters of both dtypes and all sizes, each with its gradients: some large, most small."""
+    """Size, dtype and seed of parameters: both dtypes and all sizes, some large, most small."""
     sizes = [*awkward_sizes(np.float32), 400_003, 20_000, 0, 350_001]
     dtypes = [np.float32, np.float64, np.float64, np.float32, np.float32]
-    return [params_and_grads(size, dtypes[i % 5], seed=10 * i) for i, size in enumerate(sizes)]
+    return [(size, dtypes[i % 5], 10 * i) for i, size in enumerate(sizes)]
 
 
 def packings():
@@ -167,19 +182,16 @@ def packings():
 def test_any_packing_of_many_arrays(packing, threads):
     """float32 and float64 side by side: where a thread begins depends on all arrays before it."""
     pack = packings()[packing]
-    params, grads = zip(*some_arrays(), strict=True)
-    alone = [param.copy() for param in params]
-    for param, own_grads in zip(alone, grads, strict=True):
-        trained(param, own_grads, num_threads=1)
+    params, grads = zip(*(params_and_grads(*which) for which in some_arrays()), strict=True)
     together = [param.copy() for param in params]
     trained(pack(together), [pack(list(step)) for step in zip(*grads, strict=True)], num_threads=threads)
-    for i, (actual, expected) in enumerate(zip(together, alone, strict=True)):
-        assert_same_bits(actual, expected, f"array {i}")
+    for i, (actual, which) in enumerate(zip(together, some_arrays(), strict=True)):
+        assert_same_bits(actual, trained_whole(*which)[0], f"array {i}")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_groups_with_options_of_their_own(threads):
-    params, grads = zip(*some_arrays(), strict=True)
+    params, grads = zip(*(params_and_grads(*which) for which in some_arrays()), strict=True)
     options = [{"lr": 0.1}, {"betas": (0.4, 0.99)}, {"amsgrad": False, "eps": 1e-3}, {"maximize": True}]
     count = len(options)
     alone = [param.copy() for param in params]

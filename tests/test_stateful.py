@@ -206,8 +206,6 @@ class Machine(RuleBasedStateMachine):
 
 TestStateful = Machine.TestCase
 TestStateful.settings = settings(
-    max_examples=25,
     stateful_step_count=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -6,6 +6,8 @@ import operator
 import os
 from typing import Any, Final
 
+import numpy as np
+
 from fused_adam import _core
 
 _MANY_THREADS: Final = 4096
@@ -52,9 +54,9 @@ def max_threads(num_threads: int | None) -> int:
 
 
 def as_int(name: str, value: Any, expected: str = "an int") -> int:
-    """The value of an argument as an int; TypeError where it is none, bool included."""
+    """The value of an argument as an int; TypeError where it is none, booleans included."""
     try:
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):  # NumPy 1.26 still takes its own for an index
             return operator.index(value)
     except TypeError:  # also of arrays of shape (1,), with a message of NumPy's own
         pass
