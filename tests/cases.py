@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fused_adam import _core
+from fused_adam import _core, _tables
 
 DTYPES = (np.float32, np.float64)
 LINE = 64  # bytes of a cache line, and of the widest vector
 
 # --- options ---------------------------------------------------------------------------------------
 
-DEFAULTS = {
-    "lr": 1e-3,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "amsgrad": False,
-    "maximize": False,
-    "decoupled_weight_decay": False,
-}
+OPTION_TABLE, STREAMS = _tables.OPTIONS, _tables.STREAMS
+DEFAULTS = dict(_tables.DEFAULTS)
 _DECAYS = {
     "plain": {},
     "l2": {"weight_decay": 0.03},
@@ -56,16 +51,30 @@ def _options() -> dict[str, dict[str, Any]]:
         "large-decoupled": {"lr": 0.7, "weight_decay": 0.9, "decoupled_weight_decay": True},
         "decoupled-of-0": {"decoupled_weight_decay": True},
         "decoupled-to-0": {"lr": 1.0, "weight_decay": 1.0, "decoupled_weight_decay": True},
+        "ema=0.999": {"ema_decay": 0.999},
+        "ema=0.3": {"ema_decay": 0.3},
+        "ema=0.5+1e-12": {"ema_decay": 0.5 + 1e-12},  # as a float32, 1 - ema_decay is 0.5
+        "ema=0": {"ema_decay": 0.0},
+        "ema=0.9-l2-amsgrad-maximize": {
+            "ema_decay": 0.9,
+            "weight_decay": 0.03,
+            "amsgrad": True,
+            "maximize": True,
+        },
     }.items():
         table[name] = {**DEFAULTS, **options}
     return table
 
 
 OPTIONS = _options()
-# One for each piece of code that the options choose between: form of the kernel, form of the average.
-FORMS = tuple(
-    f"{decay}{amsgrad}-beta1={beta1}"
-    for decay, amsgrad, beta1 in itertools.product(("plain", "l2"), ("", "-amsgrad"), (0.3, 0.9))
+# One for each piece of code that the options choose between: form of the kernel, forms of the averages.
+FORMS = (
+    *(
+        f"{decay}{amsgrad}-beta1={beta1}"
+        for decay, amsgrad, beta1 in itertools.product(("plain", "l2"), ("", "-amsgrad"), (0.3, 0.9))
+    ),
+    "ema=0.3",
+    "ema=0.9-l2-amsgrad-maximize",
 )
 
 
@@ -82,20 +91,40 @@ each_form = pytest.mark.parametrize("name", FORMS)  # likewise
 # --- arrays ----------------------------------------------------------------------------------------
 
 
-class Arrays(NamedTuple):
-    """What a step works on. The order is that of the arguments of `_core.adam_step`."""
+_OPTIONAL = [stream.name for stream in STREAMS if stream.option is not None]  # the last ones
 
-    param: np.ndarray
-    grad: np.ndarray
-    exp_avg: np.ndarray
-    exp_avg_sq: np.ndarray
-    max_exp_avg_sq: np.ndarray
+
+class Arrays(namedtuple("Arrays", [stream.name for stream in STREAMS], defaults=[None] * len(_OPTIONAL))):
+    """What a step works on, in the order of the table of streams. None where there is no such stream."""
+
+    __slots__ = ()
+
+    @classmethod
+    def each(cls, make: Callable[..., np.ndarray | None], *others: Iterable[Any]) -> Arrays:
+        """What a function makes of each stream's name and of what each of the others has for it."""
+        return cls(*(make(name, *rest) for name, *rest in zip(cls._fields, *others, strict=True)))
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Arrays:
+        return Arrays(*(None if array is None else function(array) for array in self))
 
     def copy(self) -> Arrays:
-        return Arrays(*map(np.copy, self))
+        return self.map(np.copy)
 
-    def step(self, options: dict[str, Any], step: int, isa: str | None = None, max_threads: int = 1) -> None:
-        _core.adam_step(isa or all_isas()[0], max_threads, options, step, *self)
+    def step(
+        self,
+        options: dict[str, Any],
+        step: int,
+        isa: str | None = None,
+        max_threads: int = 1,
+        zero_grad: bool = False,
+    ) -> None:
+        _core.adam_step(isa or all_isas()[0], max_threads, options, step, self._asdict(), zero_grad)
+
+
+# The state of a parameter, as opt.state has it.
+STATE = tuple(stream.name for stream in STREAMS if stream.ours)
+# Squares are never negative.
+SQUARES = tuple(name for name in Arrays._fields if "sq" in name)
 
 
 def random_arrays(size: int, dtype: Any, seed: int = 0) -> Arrays:
@@ -106,9 +135,12 @@ def random_arrays(size: int, dtype: Any, seed: int = 0) -> Arrays:
 @functools.lru_cache(2)  # drawing takes ten times as long as copying; both dtypes come in turn
 def _drawn(size: int, dtype: Any, seed: int) -> Arrays:
     rng = np.random.default_rng(seed)
-    spread = 10.0 ** rng.uniform(-6, 1, (5, size))
-    param, grad, exp_avg, root, max_root = (spread * rng.standard_normal((5, size))).astype(dtype)
-    return Arrays(param, grad, exp_avg, root * root, max_root * max_root)
+
+    def draw(name: str) -> np.ndarray:
+        array = (10.0 ** rng.uniform(-6, 1, size) * rng.standard_normal(size)).astype(dtype)
+        return array * array if name in SQUARES else array
+
+    return Arrays.each(draw)
 
 
 def empty_at(offset: int, size: int, dtype: Any) -> np.ndarray:
@@ -164,7 +196,11 @@ def assert_same_bits(actual: Any, expected: Any, what: str = "array") -> None:
 
 
 def assert_same_arrays(actual: Any, expected: Any, what: str = "") -> None:
-    """The same for all arrays of a step; `expected` may be what `reference.adam` returns."""
-    names = Arrays._fields if len(expected) == len(Arrays._fields) else ("param", *Arrays._fields[2:])
+    """The same for all arrays of a step; `expected` may be what `reference.adam` returns: all but grad."""
+    names = [name for name in Arrays._fields if name != "grad" or len(expected) == len(Arrays._fields)]
     for name, want in zip(names, expected, strict=True):
-        assert_same_bits(getattr(actual, name), want, f"{what} {name}".strip())
+        found = getattr(actual, name)
+        if want is None:
+            assert found is None, f"{what} {name} is there"
+        else:
+            assert_same_bits(found, want, f"{what} {name}".strip())

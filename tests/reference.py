@@ -26,6 +26,7 @@ class Coefficients(NamedTuple):
     sqrt_correction2: np.floating
     eps: np.floating
     neg_step_size: np.floating
+    ema_weight: np.floating | None
 
 
 def adam(
@@ -34,6 +35,7 @@ def adam(
     exp_avg,
     exp_avg_sq,
     max_exp_avg_sq,
+    ema,
     *,
     step,
     lr,
@@ -43,8 +45,11 @@ def adam(
     amsgrad,
     maximize,
     decoupled_weight_decay,
+    ema_decay,
 ):
-    """One step: the new param, exp_avg, exp_avg_sq and max_exp_avg_sq (without amsgrad: the old one)."""
+    """One step: the new param, exp_avg, exp_avg_sq, max_exp_avg_sq (without amsgrad: the old one) and ema
+    (without ema_decay: the old one).
+    """
     k = coefficients(
         param.dtype,
         step=step,
@@ -54,6 +59,7 @@ def adam(
         weight_decay=weight_decay,
         maximize=maximize,
         decoupled_weight_decay=decoupled_weight_decay,
+        ema_decay=ema_decay,
     )
     with np.errstate(all="ignore"):
         grad = grad * k.grad_sign
@@ -68,10 +74,12 @@ def adam(
             second_moment = max_exp_avg_sq = np.where(keep, max_exp_avg_sq, exp_avg_sq)
         denominator = np.sqrt(second_moment) / k.sqrt_correction2 + k.eps
         param = param + k.neg_step_size * exp_avg / denominator
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+        if ema_decay is not None:
+            ema = lerp(ema, param, k.ema_weight)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema
 
 
-def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupled_weight_decay):
+def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupled_weight_decay, ema_decay):
     beta1, beta2 = betas
     narrow = np.dtype(dtype).type
     with np.errstate(over="ignore", under="ignore"):
@@ -85,6 +93,7 @@ def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupl
             sqrt_correction2=narrow(math.sqrt(1 - power(beta2, step))),
             eps=narrow(eps),
             neg_step_size=narrow(-lr / (1 - power(beta1, step))),
+            ema_weight=None if ema_decay is None else narrow(1 - ema_decay),
         )
 
 

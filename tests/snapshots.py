@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cases import Arrays
 from fused_adam import Adam, adam_step
 
 
@@ -209,7 +210,7 @@ def like(array: np.ndarray, dtype: Any = None, order: Any = "K") -> np.ndarray:
     return np.ones_like(array, dtype=dtype, order=order, subok=False)
 
 
-ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+ROLES = Arrays._fields  # the names of all streams are arguments of adam_step
 
 
 def adam_step_arrays() -> dict[str, np.ndarray]:
@@ -220,4 +221,4 @@ def adam_step_arrays() -> dict[str, np.ndarray]:
 
 def adam_step_refused(arrays: dict[str, Any], error: type[Exception], message: str, **options: Any) -> None:
     with refused(error, message, None, arrays):
-        adam_step(**arrays, **{"step": 3, "amsgrad": True, **options})
+        adam_step(**arrays, **{"step": 3, "amsgrad": True, "ema_decay": 0.9, **options})

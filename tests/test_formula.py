@@ -69,7 +69,7 @@ def test_every_option_at_every_size(name, dtype, isa):
     arrays, expected = case(name, dtype, max(sizes))
     where = offsets(dtype)
     for size in sizes:
-        part = Arrays(*(array[:size] for array in arrays))
+        part = arrays.map(lambda array, size=size: array[:size])
         shifted = [where[(size + stream) % len(where)] for stream in range(len(arrays))]
         result = step_in_guards(isa, OPTIONS[name], 3, part, shifted)
         assert_same_arrays(result, [array[:size] for array in expected], f"size {size}")
@@ -82,8 +82,9 @@ def test_every_alignment(name, dtype, isa):
     where = offsets(dtype)
     for size in (1, 7, 16, 67):
         arrays, expected = case(name, dtype, size)
-        together = [(offset,) * 5 for offset in where]
-        apart = [[where[(i * k) % len(where)] for k in (1, 3, 5, 7, 11)] for i in range(len(where))]
+        count = len(Arrays._fields)
+        together = [(offset,) * count for offset in where]
+        apart = [[where[i * (2 * k + 1) % len(where)] for k in range(count)] for i in range(len(where))]
         for offset in together + apart:
             result = step_in_guards(isa, OPTIONS[name], 3, arrays, offset)
             assert_same_arrays(result, expected, f"offsets {offset}")
@@ -91,14 +92,15 @@ def test_every_alignment(name, dtype, isa):
 
 @functools.lru_cache(2)  # the ISAs, which come in turn, share it
 def special_case(name, dtype):
-    """All combinations of special values in four streams, and random ones in the fifth."""
+    """All combinations of special values in four streams, and random ones in the others."""
     values = awkward_values(dtype)
     crossed = [axis.ravel() for axis in np.meshgrid(values, values, values, values)]
-    old_max = np.random.default_rng(0).choice(values, crossed[0].size)
-    arrays = Arrays(*crossed, old_max)
+    rng = np.random.default_rng(0)
+    others = [rng.choice(values, crossed[0].size) for _ in Arrays._fields[len(crossed) :]]
+    arrays = Arrays(*crossed, *others)
     if name not in FORMS:  # the code is that of a form: a sample shows that the coefficients are right
         sample = np.random.default_rng(1).choice(crossed[0].size, 5000, replace=False)
-        arrays = Arrays(*(array[sample] for array in arrays))
+        arrays = arrays.map(lambda array: array[sample])
     return arrays, reference.adam(*arrays, step=2, **OPTIONS[name])
 
 

@@ -21,6 +21,7 @@ import pytest
 from cases import (
     DTYPES,
     OPTIONS,
+    STREAMS,
     Arrays,
     all_isas,
     assert_same_arrays,
@@ -44,6 +45,8 @@ FORMS = (
     "plain-amsgrad-beta1=0.3",
     "l2-amsgrad-beta1=0.9",
     "decoupled-amsgrad-beta1=0.9",
+    "ema=0.3",
+    "ema=0.9-l2-amsgrad-maximize",
 )
 WIDTH = 16  # elements of the widest vector
 SMALL = (*range(2 * WIDTH + 2), 63, 64, 65, 127, 1001)
@@ -143,7 +146,7 @@ def several_threads(log: Log, isa: str) -> None:
 
 
 def no_more_than_needed(log: Log, isa: str) -> None:
-    """A gradient that cannot be written; without amsgrad, a maximum that cannot even be read."""
+    """A gradient that cannot be written; streams that no option asks for, which cannot even be read."""
     for dtype in DTYPES:
         for form in FORMS:
             log(f"{dtype.__name__}, {form}")
@@ -154,8 +157,9 @@ def no_more_than_needed(log: Log, isa: str) -> None:
             expected = start.copy()
             expected.step(OPTIONS[form], 3, isa)
             protect(by_name["grad"].bytes, READ_ONLY)
-            if not OPTIONS[form]["amsgrad"]:
-                protect(by_name.pop("max_exp_avg_sq").bytes, NO_ACCESS)
+            for stream in STREAMS:
+                if stream.option is not None and not OPTIONS[form][stream.option]:
+                    protect(by_name.pop(stream.name).bytes, NO_ACCESS)
             arrays.step(OPTIONS[form], 3, isa)
             for name in by_name:
                 assert_same_bits(getattr(arrays, name), getattr(expected, name), name)

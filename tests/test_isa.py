@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cases import all_isas, assert_same_arrays, awkward_values, each_dtype, random_arrays
+from cases import DEFAULTS, all_isas, assert_same_arrays, awkward_values, each_dtype, random_arrays
 from fused_adam import _config, _core, show_config
 
 ON_LINUX_X86 = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -42,6 +42,7 @@ def random_options(rng):
         "amsgrad": bool(rng.integers(2)),
         "maximize": bool(rng.integers(2)),
         "decoupled_weight_decay": bool(rng.integers(2)),
+        "ema_decay": rng.choice([None, 0.3, 0.999]),
     }
 
 
@@ -171,10 +172,8 @@ def test_an_unsupported_isa_is_refused(isa):
 def test_the_core_refuses_an_unknown_isa():
     arrays = random_arrays(3, np.float32)
     before = arrays.copy()
-    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    options |= dict.fromkeys(("amsgrad", "maximize", "decoupled_weight_decay"), False)
     with pytest.raises(ValueError, match="no such ISA"):
-        arrays.step(options, 1, "no such ISA")
+        arrays.step(DEFAULTS, 1, "no such ISA")
     assert_same_arrays(arrays, before)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from cases import DTYPES, Arrays, all_isas, assert_same_arrays, assert_same_bits, awkward_values
+from cases import DTYPES, STREAMS, Arrays, all_isas, assert_same_arrays, assert_same_bits, awkward_values
 from fused_adam import Adam, adam_step
 
 thorough = settings(max_examples=3 * settings.default.max_examples)
@@ -24,6 +24,7 @@ options = st.fixed_dictionaries(
         "amsgrad": flags,
         "maximize": flags,
         "decoupled_weight_decay": flags,
+        "ema_decay": st.none() | betas,
     }
 )
 step_numbers = st.integers(1, 100) | st.integers(1, 2**63 - 1)
@@ -52,8 +53,8 @@ def matrices(draw, dtype, rows, columns):
 
 @st.composite
 def streams(draw, max_size=40):
-    """The five arrays of a step."""
-    return Arrays(*draw(matrices(draw(dtypes), 5, draw(st.integers(0, max_size)))))
+    """The arrays of a step."""
+    return Arrays(*draw(matrices(draw(dtypes), len(Arrays._fields), draw(st.integers(0, max_size)))))
 
 
 @thorough
@@ -130,7 +131,8 @@ def test_the_class_is_the_function(training, options):
     optimizer = Adam(trained, **options)
     train(optimizer, grads)
 
-    state = {name: np.zeros_like(param) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    state = {stream.name: np.zeros_like(param) for stream in STREAMS if stream.ours}
+    state["ema"][...] = param
     step = 0
     for grad in grads:
         if grad is not None:
@@ -139,6 +141,8 @@ def test_the_class_is_the_function(training, options):
     assert_same_bits(trained[0], stepped)
     if not options["amsgrad"]:
         del state["max_exp_avg_sq"]
+    if options["ema_decay"] is None or step == 0:
+        del state["ema"]
     assert_same_state(optimizer.state[0], {"step": step, **state})
 
 
@@ -149,6 +153,6 @@ def test_elements_do_not_know_each_other(arrays, options, step):
     order = np.random.default_rng(0).permutation(arrays.param.size)
     expected = arrays.copy()
     expected.step(options, step)
-    shuffled = Arrays(*(array[order] for array in arrays))
+    shuffled = arrays.map(lambda array: array[order])
     shuffled.step(options, step)
-    assert_same_arrays(shuffled, Arrays(*(array[order] for array in expected)))
+    assert_same_arrays(shuffled, expected.map(lambda array: array[order]))

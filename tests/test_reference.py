@@ -155,7 +155,7 @@ def by_reference(theta, gradients, **options):
     m = v = np.zeros_like(theta)
     for step, gradient in enumerate(gradients, 1):
         grad = np.full_like(theta, gradient)
-        theta, m, v, _ = reference.adam(theta, grad, m, v, None, step=step, **{**DEFAULTS, **options})
+        theta, m, v, *_ = reference.adam(theta, grad, m, v, None, None, step=step, **{**DEFAULTS, **options})
         yield theta, m, v
 
 
@@ -217,7 +217,7 @@ def test_bias_correction_fades():
 
 @each_dtype
 def test_coefficients_are_narrowed_once(dtype):
-    options = {**DEFAULTS, "weight_decay": 0.9, "lr": 0.7, "decoupled_weight_decay": True}
+    options = {**DEFAULTS, "weight_decay": 0.9, "lr": 0.7, "decoupled_weight_decay": True, "ema_decay": 0.9}
     del options["amsgrad"]
     k = reference.coefficients(dtype, step=7, **options)
     assert {type(x) for x in k} == {dtype}

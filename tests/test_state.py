@@ -283,14 +283,18 @@ def test_options_of_others_are_kept_and_torch_flags_dropped() -> None:
     assert not {"fused", "foreach", "param_names"} & set(other.param_groups[1])
 
 
-def test_options_that_a_checkpoint_lacks_stay() -> None:
-    """Checkpoints of older versions know fewer."""
-    opt, saved = small(eps=0.5, maximize=True), small().state_dict()
+def test_options_that_a_checkpoint_lacks_are_the_default() -> None:
+    """Checkpoints of older versions know fewer, and went on without. What is no option stays."""
+    opt, saved = small(eps=0.5, maximize=True, ema_decay=0.9), small().state_dict()
+    opt.param_groups[0]["initial_lr"] = 0.7
     for group in saved["param_groups"]:
+        assert "ema_decay" not in group
         for key in ("eps", "maximize", "foreach", "param_names"):
             group.pop(key, None)
     opt.load_state_dict(saved)
-    assert [(group["eps"], group["maximize"]) for group in opt.param_groups] == [(0.5, True)] * 2
+    keys = ("eps", "maximize", "ema_decay")
+    assert [[group[key] for key in keys] for group in opt.param_groups] == [[1e-8, False, None]] * 2
+    assert opt.param_groups[0]["initial_lr"] == 0.7
 
 
 def test_names_matter_only_where_both_have_them() -> None:
@@ -427,7 +431,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         f"{name}-shape={shape}": (
             entry(**{name: np.ones(shape)}),
             ValueError,
-            f"{ENTRY}['{name}'] has shape {shape}, the parameter (4,)",
+            f"{ENTRY}['{name}'] has shape {shape}, expected (4,)",
         )
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         for shape in ((2, 2), (1, 4), (5,), (0,), (1,), ())
@@ -493,7 +497,7 @@ def test_checkpoint_of_live_views() -> None:
 def test_refuses_checkpoint_of_another_model() -> None:
     other = Adam([{"params": [np.ones(3)]}, {"params": {"w": np.ones((2, 3)), "b": np.ones(4)}}])
     other.step([[np.ones(3)], {"w": np.ones((2, 3)), "b": np.ones(4)}])
-    place = "state_dict['state'][1]['exp_avg'] has dtype float64, the parameter float32"
+    place = "state_dict['state'][1]['exp_avg'] has dtype float64, expected float32"
     check_load_refused(small(), other.state_dict(), TypeError, place)
 
 

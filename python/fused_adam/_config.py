@@ -63,6 +63,11 @@ def as_int(name: str, value: Any, expected: str = "an int") -> int:
     raise TypeError(f"{name} must be {expected}, got {value!r}.")
 
 
+def require_flag(name: str, value: Any) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
+
+
 def show_config() -> dict[str, Any]:
     """What this build is and what it found on this machine.
 

@@ -46,7 +46,7 @@ from fused_adam._file_header import (
     table_of,
 )
 from fused_adam._replace import Writer, open_at_once, replacing
-from fused_adam._tables import STATE, STREAMS, features
+from fused_adam._tables import DEFAULTS, STATE, STREAMS, features
 
 Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
@@ -135,7 +135,7 @@ def _load(
     for i, group in enumerate(options):
         group.update(fixed_options)
         _check_options(group, f"param_groups[{i}]")
-    new_defaults = {**defaults, **saved.defaults, **fixed_options}
+    new_defaults = {**defaults, **(DEFAULTS if saved.defaults else {}), **saved.defaults, **fixed_options}
     _check_options(new_defaults, "defaults")
 
     label = partial(_label, names, groups)
@@ -361,7 +361,7 @@ def _read_groups(
         first += size
         not_options = {"params", "param_names", *_checkpoint.TORCH_FLAGS}
         options = {key: value for key, value in saved.items() if key not in not_options}
-        all_options.append({**group, **options})
+        all_options.append({**group, **DEFAULTS, **options})
     return all_options
 
 

@@ -31,6 +31,7 @@ class Stream(NamedTuple):
 OPTIONS: Final = tuple(Option(**row) for row in _core.option_table())
 STREAMS: Final = tuple(Stream(**row) for row in _core.stream_table())
 DEFAULTS: Final[Mapping[str, Any]] = {option.name: option.default for option in OPTIONS}
+LATER: Final = tuple(option.name for option in OPTIONS if option.format > 1)  # PyTorch has none of them
 STATE: Final = tuple(stream.name for stream in STREAMS if stream.ours)
 
 
@@ -49,11 +50,7 @@ def features(groups: Iterable[Mapping[str, Any]], streams: Iterable[str]) -> lis
     load another state, or go on with another formula.
     """
     groups = list(groups)
-    needed = [
-        option.name
-        for option in OPTIONS
-        if option.format > 1 and any(group.get(option.name) != option.default for group in groups)
-    ]
+    needed = [name for name in LATER if any(group.get(name) != DEFAULTS[name] for group in groups)]
     present = set(streams)
     return needed + [stream.name for stream in STREAMS if stream.format > 1 and stream.name in present]
 

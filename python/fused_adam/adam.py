@@ -184,6 +184,7 @@ class Adam:
             if self._grads is None:
                 raise ValueError("step() needs grads: pass them, or fill the buffers opt.grads before it.")
             grads = self.grads
+        _config.require_flag("zero_grad", zero_grad)
         self._core.step(grads, self.param_groups, zero_grad)
         return _PLAIN_STEP
 

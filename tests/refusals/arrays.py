@@ -249,7 +249,7 @@ def overlap_rows() -> Iterator[Row]:
 def change_rows() -> Iterator[Row]:
     """Parameters that are not what they were when the optimizer was made; the gradients still are."""
     own = "param_groups[1]['params']['b'][0]"
-    has = f"{own} has shape {{}}, but the state of {own} has (7,)"
+    has = f"{own} has shape {{}}, but it had (7,) when this optimizer was made"
     changes: dict[str, tuple[Callable[[np.ndarray], Any], type[Exception], str]] = {
         "grown": (lambda a: a.resize(8, refcheck=False), ValueError, has.format("(8,)")),
         "grown far": (lambda a: a.resize(100_000, refcheck=False), ValueError, has.format("(100000,)")),

@@ -103,15 +103,11 @@ def state_rows() -> Iterator[Row]:
             if np.dtype(dtype) == np.float64:
                 continue  # long double, where it is none
             change = in_entry(name, make=lambda a, dtype=dtype: filled(a, dtype))
-            rows.append(
-                (f"{name} {dtype}", change, TypeError, f"{place} has dtype .*, the parameter float64")
-            )
+            rows.append((f"{name} {dtype}", change, TypeError, f"{place} has dtype .*, expected float64"))
         for id, make in MISFITS.items():
             if id != "other float":
                 change = in_entry(name, make=make[0])
-                rows.append(
-                    (f"{name} {id}", change, ValueError, rf"{place} has shape .*, the parameter \(2, 3\)")
-                )
+                rows.append((f"{name} {id}", change, ValueError, rf"{place} has shape .*, expected \(2, 3\)"))
         for id, value in (("None", None), ("list", [[0.0] * 3] * 2), ("number", 0.0), ("bytes", b"0")):
             change = in_entry(name, value=value)
             rows.append((f"{name} {id}", change, TypeError, f"{place} must be an array, got"))

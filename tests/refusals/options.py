@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cases import OPTION_TABLE
 from refusals.table import INF, NAN, Row, drop, edit, put, written
 from snapshots import ROLES
 
@@ -28,6 +29,11 @@ NO_NUMBER: dict[str, Any] = {
     "type": float,
     "time": np.timedelta64(5, "s"),
 }
+NUMBERS, FLAGS, FRACTIONS = (
+    [option.name for option in OPTION_TABLE if option.kind == kind]
+    for kind in ("number", "flag", "fraction or None")
+)
+FLAGS.remove("decoupled_weight_decay")  # AdamW has no such argument
 # What float() takes, and no number is: NumPy warns of the first one only.
 SLIPS: dict[str, Any] = {
     "numpy complex": np.complex128(0.1 + 1j),
@@ -50,7 +56,7 @@ OUT_OF_RANGE: dict[str, Any] = {
 
 def bad_options() -> Iterator[tuple[str, str, Any, type[Exception], str]]:
     """id, option, value, error, how the message goes on after the option."""
-    for key in ("lr", "eps", "weight_decay"):
+    for key in NUMBERS:
         for id, value in NO_NUMBER.items():
             yield f"{key} {id}", key, value, TypeError, " must be a number, got "
         for id, value in SLIPS.items():
@@ -69,9 +75,16 @@ def bad_options() -> Iterator[tuple[str, str, Any, type[Exception], str]]:
         yield f"betas {type(value)}", "betas", value, TypeError, " must be a pair of numbers"
     for value in ((), [0.9], (0.9,) * 3):
         yield f"betas {value}", "betas", value, ValueError, " must be a pair of numbers"
-    for key in ("amsgrad", "maximize"):
+    for key in FLAGS:
         for value in (1, 0, 1.0, "True", None, np.True_, [], np.array([True, False]), np.array(True)):
             yield f"{key}={written(value)}", key, value, TypeError, " must be True or False, got "
+
+    for key in FRACTIONS:
+        for id, value in {**NO_NUMBER, **SLIPS}.items():
+            if value is not None:
+                yield f"{key} {id}", key, value, TypeError, " must be a number, got "
+        for value in (1, 1.0, np.nextafter(1, 2), 2**70, -1e-300, NAN, INF, np.float32(1)):
+            yield f"{key}={written(value)}", key, value, ValueError, " must be >= 0 and < 1, got "
 
 
 def option_rows() -> Iterator[Row]:
@@ -100,7 +113,7 @@ def option_rows() -> Iterator[Row]:
                 for call in ("step", "step()", "state_dict", "save")
             ),
         ]
-        if hasattr(value, "dtype") and key in ("amsgrad", "maximize"):
+        if hasattr(value, "dtype") and key in FLAGS:
             rows = [
                 row for row in rows if row.call != "load_state_dict"
             ]  # which takes them as PyTorch's tensors
@@ -169,6 +182,14 @@ def option_rows() -> Iterator[Row]:
     yield Row("no step", "adam_step", drop("step_options", "step"), TypeError, ".*argument: 'step'")
     no_maximum = put("arrays", "max_exp_avg_sq", value=None)
     yield Row("no maximum", "adam_step", no_maximum, ValueError, "amsgrad needs max_exp_avg_sq")
+    no_average = put("arrays", "ema", value=None)
+    yield Row("no average", "adam_step", no_average, ValueError, "ema_decay needs ema")
+    places = (("step", "call_options"), ("step()", "call_options"), ("adam_step", "step_options"))
+    for value in (1, 0, None, "True", np.True_, np.array(True)):
+        message = "zero_grad must be True or False, got "
+        for call, attribute in places:
+            change = put(attribute, "zero_grad", value=value)
+            yield Row(f"zero_grad={written(value)}", call, change, TypeError, message)
     for role in ROLES[:4]:
         change = drop("arrays", role)
         yield Row(f"no {role}", "adam_step", change, TypeError, f".*argument: '{role}'")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cases import DEFAULTS
 from refusals.table import Change, Row, drop, group_of, put, set_grads
 from refusals.world import World
 
@@ -120,7 +121,7 @@ def structure_rows() -> Iterator[Row]:
         ),
     ):
         yield Row(f"{id}", "add_param_group", put("group", value=value), error, message)
-    for key in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"):
+    for key in DEFAULTS:
         message = rf"param_groups\[2\]\['{key}'\] is missing"
         change: Change = lambda w, key=key: (w.opt.defaults.pop(key), w.group.pop(key, None))  # noqa: E731
         yield Row(f"default {key}", "add_param_group", change, ValueError, message)

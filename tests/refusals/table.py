@@ -28,8 +28,8 @@ class Row(NamedTuple):
 CALLS: dict[str, Change] = {
     "Adam": lambda w: Adam(w.new_params, **w.new_options),
     "AdamW": lambda w: AdamW(w.new_params, **w.new_options),
-    "step": lambda w: w.opt.step(w.grads),
-    "step()": lambda w: w.opt.step(),
+    "step": lambda w: w.opt.step(w.grads, **w.call_options),
+    "step()": lambda w: w.opt.step(**w.call_options),
     "lone step": lambda w: w.lone_opt.step(w.lone_grad),
     "zero_grad": lambda w: w.opt.zero_grad(),
     "grads": lambda w: w.opt.grads,

@@ -34,7 +34,8 @@ class World:
         self.lone_grad: Any = np.ones(4)
         # Arguments of the other calls.
         self.arrays: dict[str, Any] = adam_step_arrays()
-        self.step_options: dict[str, Any] = {"step": 3, "amsgrad": True}
+        self.call_options: dict[str, Any] = {}  # of step()
+        self.step_options: dict[str, Any] = {"step": 3, "amsgrad": True, "ema_decay": 0.9}
         self.new_params: Any = random_like({"w": np.empty((3, 4)), "v": [np.empty(5, np.float32)]}, 5)
         self.new_options: dict[str, Any] = {}
         self.state_dict = self.opt.state_dict()
