@@ -13,7 +13,21 @@ namespace {
 // aligned array, and a float64 element counts twice a float32 one, as it does for memory.
 constexpr int64_t kLineBytes = 64;
 
-int64_t elements_per_line(DType dtype) { return kLineBytes / size_of(dtype); }
+// Numbers of bytes, not of elements: a division by the size of an element would take as long as half
+// the update of an array of 64.
+int64_t lines_of(DType dtype, int64_t elements) {
+  return (elements * size_of(dtype) + kLineBytes - 1) / kLineBytes;
+}
+
+constexpr int64_t elements_per_line(DType dtype) {
+  switch (dtype) {
+    case kFloat32:
+      return kLineBytes / size_of(kFloat32);
+    case kFloat64:
+      return kLineBytes / size_of(kFloat64);
+  }
+  return 0;
+}
 
 // Elements that all stages of a step go through before the next ones: few enough for all streams to
 // stay in the first-level cache meanwhile (6 of 8 bytes: 24 KiB).
@@ -45,9 +59,8 @@ void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
 
 void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema) {
   if (size == 0) return;
-  const int64_t per_line = elements_per_line(dtype);
   const int64_t lines_before = arrays_.empty() ? 0 : arrays_.back().line_end;
-  const int64_t lines = (size + per_line - 1) / per_line;
+  const int64_t lines = lines_of(dtype, size);
   const auto rule = static_cast<uint32_t>(rules_.size() - 1);
   arrays_.push_back({streams, size, lines_before + lines, rule, dtype, begins_ema});
 }

@@ -58,6 +58,15 @@ static_assert(table_is_in_order(), "kStreamTable is indexed by Stream");
 
 constexpr bool is_ours(const StreamInfo& info) { return info.initial != Initial::kCallers; }
 
+// The streams of ours that steps with these options need: a bit for each.
+inline unsigned wanted_streams(const HyperParameters& hyper) {
+  unsigned wanted = 0;
+  for (const StreamInfo& info : kStreamTable) {
+    if (is_ours(info) && info.wanted(hyper)) wanted |= 1u << info.stream;
+  }
+  return wanted;
+}
+
 // These two have no default: what is forgotten in them does not compile (-Werror=switch).
 
 constexpr int64_t size_of(DType dtype) {

@@ -112,10 +112,7 @@ void bind(py::module_& m) {
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)
       .def("layouts", &Optimizer::layouts, py::arg("index"))
-      .def("make_streams",
-           py::overload_cast<const std::vector<std::pair<size_t, std::string>>&>(
-               &Optimizer::make_streams),
-           py::arg("wanted"))
+      .def("make_streams", &Optimizer::make_streams, py::arg("wanted"))
       .def("make_wanted_streams", &Optimizer::make_wanted_streams, py::arg("param_groups"))
       .def("reset_state", &Optimizer::reset_state, py::arg("index"), py::arg("step"),
            py::arg("present"))

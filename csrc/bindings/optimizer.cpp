@@ -29,6 +29,29 @@ const StreamInfo& own_stream(const std::string& name) {
 
 }  // namespace
 
+namespace {
+
+// Makes the streams that these slots do not have: wanted(i) says which slot i needs, a bit for each.
+// All of them or none.
+template <class Wanted>
+void give_missing(std::vector<Slot>& slots, Wanted wanted) {
+  std::vector<std::pair<Slot*, Stream>> places;
+  std::vector<NewArray> arrays;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const unsigned missing = slots[i].missing(wanted(i));
+    for (int stream = 0; missing >> stream != 0; ++stream) {
+      if ((missing >> stream & 1u) == 0) continue;
+      places.emplace_back(&slots[i], static_cast<Stream>(stream));
+      arrays.push_back(slots[i].new_array(static_cast<Stream>(stream)));
+    }
+  }
+  if (arrays.empty()) return;
+  std::vector<py::object> made = new_arrays(arrays);
+  for (size_t i = 0; i < made.size(); ++i) places[i].first->set(places[i].second, std::move(made[i]));
+}
+
+}  // namespace
+
 // Holds busy_ while it lives. Two steps at once on one optimizer would race; the second is refused.
 class Optimizer::Exclusive {
  public:
@@ -136,19 +159,7 @@ void Optimizer::add_group(const py::object& param_groups, const py::dict& option
   memory_is_indexed_ = false;
   WrittenMemory memory;
   list_memory(memory, added, group);
-  std::vector<NewArray> wanted;
-  for (const Slot& slot : added) {
-    for (const StreamInfo& info : kStreamTable) {
-      if (is_ours(info) && info.wanted(hyper)) wanted.push_back(slot.new_array(info.stream));
-    }
-  }
-  std::vector<py::object> arrays = new_arrays(wanted);
-  auto array = arrays.begin();
-  for (Slot& slot : added) {
-    for (const StreamInfo& info : kStreamTable) {
-      if (is_ours(info) && info.wanted(hyper)) slot.set(info.stream, std::move(*array++));
-    }
-  }
+  give_missing(added, [wanted = wanted_streams(hyper)](size_t) { return wanted; });
   list_memory(memory, added, group);
 
   const std::lock_guard<std::mutex> lock(slots_mutex_);
@@ -223,32 +234,24 @@ void Optimizer::index_memory() {
   memory_is_indexed_ = true;
 }
 
-void Optimizer::make_streams(const std::vector<std::pair<size_t, Stream>>& missing) {
-  if (missing.empty()) return;
-  std::vector<NewArray> wanted;
-  for (const auto& [index, stream] : missing) wanted.push_back(slots_[index].new_array(stream));
-  std::vector<py::object> arrays = new_arrays(wanted);
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  for (size_t i = 0; i < missing.size(); ++i) {
-    slots_[missing[i].first].set(missing[i].second, std::move(arrays[i]));
-  }
-  memory_is_indexed_ = false;
-}
-
 void Optimizer::make_streams(const std::vector<std::pair<size_t, std::string>>& wanted) {
-  std::vector<std::pair<size_t, Stream>> missing;
-  for (const auto& [index, name] : wanted) {
-    const Stream stream = own_stream(name).stream;
-    if (!slots_.at(index).has(stream)) missing.emplace_back(index, stream);
-  }
-  make_streams(missing);
+  std::vector<unsigned> of_slot(slots_.size());
+  for (const auto& [index, name] : wanted) of_slot.at(index) |= 1u << own_stream(name).stream;
+  add_missing([&](size_t i) { return of_slot[i]; });
 }
 
 void Optimizer::make_wanted_streams(py::handle param_groups) {
   dicts_.clear();
   hypers_.clear();
   read_groups(param_groups);
-  make_missing_streams(false);
+  add_missing([&](size_t i) { return wanted_streams(hypers_[slots_[i].group]); });
+}
+
+template <class Wanted>
+void Optimizer::add_missing(Wanted wanted) {
+  memory_is_indexed_ = false;
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  give_missing(slots_, wanted);
 }
 
 // --- The checks of a step ----------------------------------------------------------------------
@@ -323,18 +326,22 @@ void Optimizer::flatten_grads(py::handle grads) {
 }
 
 // One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.
-void Optimizer::check_and_plan(bool zero_grad) {
+// Returns whether streams are missing, of options that were switched on since the last step.
+bool Optimizer::check_and_plan(bool zero_grad) {
   plan_.begin(zero_grad);
   memory_.look_again();
+  unsigned missing = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
     const bool keeps_ema = hypers_[g].keeps_ema();
+    const unsigned wanted = wanted_streams(hypers_[g]);
     int64_t step = -1;  // of the rule that was set last; most params share one
     for (size_t i = group.first; i < group.first + group.count; ++i) {
       if (grads_[i].is_none()) continue;
       Slot& slot = slots_[i];
       check_param(slot);
       check_grad(slot, grads_[i]);
+      missing |= slot.missing(wanted);
       if (slot.step + 1 != step) {
         step = slot.step + 1;
         plan_.set_rule(hypers_[g], step);
@@ -344,26 +351,13 @@ void Optimizer::check_and_plan(bool zero_grad) {
     }
   }
   if (zero_grad) check_grads_are_clearable("zero_grad=True sets it to zeros.");
-  if (memory_is_indexed_) return;
+  if (memory_is_indexed_) return missing != 0;
   // A param has moved, perhaps onto a grad that was found free before it.
   index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (!grads_[i].is_none()) check_grad(slots_[i], grads_[i]);
   }
-}
-
-// Of options that were switched on since the last step.
-bool Optimizer::make_missing_streams(bool only_with_grad) {
-  std::vector<std::pair<size_t, Stream>> missing;
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (only_with_grad && grads_[i].is_none()) continue;
-    for (const StreamInfo& info : kStreamTable) {
-      const bool needed = is_ours(info) && info.wanted(hypers_[slots_[i].group]);
-      if (needed && !slots_[i].has(info.stream)) missing.emplace_back(i, info.stream);
-    }
-  }
-  make_streams(missing);
-  return !missing.empty();
+  return missing != 0;
 }
 
 // --- Steps -------------------------------------------------------------------------------------
@@ -373,17 +367,24 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) 
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads);
   read_groups(param_groups);
-  check_and_plan(zero_grad);
-  if (make_missing_streams(true)) check_and_plan(zero_grad);
+  if (check_and_plan(zero_grad)) {
+    add_missing([&](size_t i) {
+      return grads_[i].is_none() ? 0 : wanted_streams(hypers_[slots_[i].group]);
+    });
+    check_and_plan(zero_grad);
+  }
   // From here on nothing can fail.
   {
     const WithoutGil no_gil;
     plan_.run(*isa_.stages, max_threads_);
   }
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (grads_[i].is_none()) continue;
-    slots_[i].step += 1;
-    if (hypers_[slots_[i].group].keeps_ema()) slots_[i].set_values(kEma, true);
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const bool keeps_ema = hypers_[g].keeps_ema();
+    for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
+      if (grads_[i].is_none()) continue;
+      slots_[i].step += 1;
+      if (keeps_ema) slots_[i].set_values(kEma, true);
+    }
   }
 }
 

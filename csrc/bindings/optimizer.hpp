@@ -109,10 +109,9 @@ class Optimizer {
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
   void check_grads_are_clearable(const char* reason);
-  void check_and_plan(bool zero_grad);
-  // For all slots, or those with a gradient in the step that runs; hypers_ are the groups' options.
-  bool make_missing_streams(bool only_with_grad);
-  void make_streams(const std::vector<std::pair<size_t, Stream>>& wanted);
+  bool check_and_plan(bool zero_grad);
+  template <class Wanted>
+  void add_missing(Wanted wanted);  // wanted(i): the streams that slot i needs, a bit for each
 
   const Isa& isa_;
   const int max_threads_;

@@ -146,7 +146,7 @@ py::list options_for_python() {
   py::list rows;
   for (const OptionInfo& option : option_table()) {
     py::dict row;
-    row["name"] = option.name;
+    row["name"] = interned(option.name);  // as keys of groups, which each step looks up
     row["kind"] = name_of(option.kind);
     row["format"] = option.format;
     row["default"] = default_of(option);

@@ -12,7 +12,8 @@ Slot::Slot(py::object param, const Place& place, size_t group_index, size_t leaf
 void Slot::set(Stream stream, py::object array) {
   streams.at[stream] = py::detail::array_proxy(array.ptr())->data;
   arrays_[stream] = std::move(array);
-  awaited_[stream] = kStreamTable[stream].initial == Initial::kCopyOfParam;
+  present_ |= 1u << stream;
+  set_values(stream, kStreamTable[stream].initial != Initial::kCopyOfParam);
 }
 
 NewArray Slot::new_array(Stream stream) const {

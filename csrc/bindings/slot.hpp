@@ -26,7 +26,9 @@ class Slot {
   py::handle param() const { return arrays_[kParam]; }
   // What param was when it was taken: what it is now has to be the same.
   const ArrayFacts& layout() const { return layout_; }
-  bool has(Stream stream) const { return arrays_[stream].ptr() != nullptr; }
+  bool has(Stream stream) const { return (present_ >> stream & 1u) != 0; }
+  // Of these streams, a bit for each, those that are not there.
+  unsigned missing(unsigned wanted) const { return wanted & ~present_; }
   const py::object& array(Stream stream) const { return arrays_[stream]; }
   void set(Stream stream, py::object array);
 
@@ -34,8 +36,10 @@ class Slot {
   NewArray new_array(Stream stream) const;
 
   // A stream that begins as a copy of param has no values before its first step.
-  bool has_values(Stream stream) const { return has(stream) && !awaited_[stream]; }
-  void set_values(Stream stream, bool there) { awaited_[stream] = !there; }
+  bool has_values(Stream stream) const { return (missing_values() >> stream & 1u) == 0; }
+  void set_values(Stream stream, bool there) {
+    awaited_ = there ? awaited_ & ~(1u << stream) : awaited_ | 1u << stream;
+  }
 
   // Lists what a step may write. owner: its number for the first stream, counted on from there.
   void add_to(WrittenMemory& memory, int64_t owner);
@@ -47,10 +51,12 @@ class Slot {
   size_t group, leaf;
 
  private:
+  unsigned missing_values() const { return ~present_ | awaited_; }
+
+  unsigned present_ = 0, awaited_ = 0;  // a bit for each stream
+  ArrayFacts layout_;
   py::object arrays_[kStreams];  // null where there is none; no grad
   std::vector<py::ssize_t> shape_;
-  ArrayFacts layout_;
-  bool awaited_[kStreams] = {};
 };
 
 }  // namespace fused_adam

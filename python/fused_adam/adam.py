@@ -184,7 +184,8 @@ class Adam:
             if self._grads is None:
                 raise ValueError("step() needs grads: pass them, or fill the buffers opt.grads before it.")
             grads = self.grads
-        _config.require_flag("zero_grad", zero_grad)
+        if zero_grad is not False:
+            _config.require_flag("zero_grad", zero_grad)
         self._core.step(grads, self.param_groups, zero_grad)
         return _PLAIN_STEP
 
