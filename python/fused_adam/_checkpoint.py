@@ -175,7 +175,8 @@ def _read_step(value: Any, where: str) -> int:
     _require(is_number, f"{where} must be a number, got {value!r}", TypeError)
     limit = MAX_STEP if isinstance(value, (int, np.integer)) else _MAX_FLOAT_STEP
     is_count = 0 <= value <= limit and value == int(value)
-    _require(is_count, f"{where} must be a whole number >= 0 and <= {limit}, got {value!r}")
+    more = f", more than {limit}" if value > limit else ""
+    _require(is_count, f"{where} must be a whole number >= 0, got {value!r}{more}")
     return int(value)
 
 
