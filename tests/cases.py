@@ -129,11 +129,11 @@ SQUARES = tuple(name for name in Arrays._fields if "sq" in name)
 
 def random_arrays(size: int, dtype: Any, seed: int = 0) -> Arrays:
     """As in the middle of a training, but with magnitudes of many orders."""
-    return _drawn(size, dtype, seed).copy()
+    return drawn(size, dtype, seed).copy()
 
 
-@functools.lru_cache(2)  # drawing takes ten times as long as copying; both dtypes come in turn
-def _drawn(size: int, dtype: Any, seed: int) -> Arrays:
+@functools.lru_cache(8)  # drawing takes ten times as long as copying
+def drawn(size: int, dtype: Any, seed: int) -> Arrays:
     rng = np.random.default_rng(seed)
 
     def draw(name: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from cases import (
     assert_same_arrays,
     assert_same_bits,
     awkward_sizes,
+    drawn,
     each_dtype,
     each_form,
     each_isa,
@@ -64,8 +65,8 @@ def trained_whole(size, dtype, seed=0):
 def nothing_stays():
     """Later tests fork, which takes longer the more memory there is."""
     yield
-    params_and_grads.cache_clear()
-    trained_whole.cache_clear()
+    for function in (drawn, params_and_grads, trained_whole):
+        function.cache_clear()
 
 
 def moments(optimizer):

@@ -206,6 +206,7 @@ class Machine(RuleBasedStateMachine):
 
 TestStateful = Machine.TestCase
 TestStateful.settings = settings(
+    max_examples=settings.default.max_examples // 2,
     stateful_step_count=20,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -104,15 +104,16 @@ class Facts:
             self.facts[str(path)] = path.read_bytes()
 
     def _add(self, path: str, value: Any) -> None:
+        if isinstance(value, (bool, int, float, complex, str, bytes)):
+            self.facts[path] = (type(value), repr(value))
+            return
         self._kept.append(value)
         fact: Any = (type(value), id(value))
         if isinstance(value, (np.ndarray, dict, list, tuple)) and id(value) in self._seen:
             self.facts[path] = fact  # described where it was first
             return
         self._seen.add(id(value))
-        if isinstance(value, (bool, int, float, complex, str, bytes)):
-            fact = (type(value), repr(value))
-        elif isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray):
             fact = (*fact, value.dtype, value.shape, value.strides, value.flags.writeable)
             fact += (value.ctypes.data if self._addresses else None,)
             owner = owner_of(value)
