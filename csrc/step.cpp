@@ -13,8 +13,8 @@ namespace {
 // aligned array, and a float64 element counts twice a float32 one, as it does for memory.
 constexpr int64_t kLineBytes = 64;
 
-// Numbers of bytes, not of elements: a division by the size of an element would take as long as half
-// the update of an array of 64.
+// Numbers of bytes, not of elements: a division by the size of an element would take as long as
+// half the update of an array of 64.
 int64_t lines_of(DType dtype, int64_t elements) {
   return (elements * size_of(dtype) + kLineBytes - 1) / kLineBytes;
 }

@@ -316,7 +316,7 @@ def test_safetensors_reads_it(tmp_path: pathlib.Path, kind: str) -> None:
     assert found.keys() == expected.keys()
     for key in found:
         assert_same_bits(found[key], expected[key])
-    assert metadata["fused_adam_format"] == "1"
+    assert metadata["fused_adam_format"] == "2"
     groups = json.loads(metadata["param_groups"])
     assert [group["lr"] for group in groups] == [group["lr"] for group in opt.param_groups]
     if kind == "groups":

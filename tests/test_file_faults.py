@@ -58,7 +58,7 @@ KILLER = """
         for index, entry in opt.state.items():
             entry["exp_avg"][...] = version
             entry["exp_avg_sq"][...] = version
-            opt._core.set_step(index, version)
+            opt._core.reset_state(index, version, ["exp_avg", "exp_avg_sq"])
 
     def version_in_file():
         twin = Adam.load(path, params)
@@ -481,18 +481,32 @@ TERA = 2**40
 NOT_OURS = "it is no checkpoint of fused-adam, or its header is damaged"
 TABLE = "its table is wrong at"
 GROUP = (META, "param_groups", 0)
+W_PARAM = (META, "params", 0)
+NEEDED = ("fused_adam_format", "fused_adam_version", "crc32", "requires", "params", "streams")
 ODD: list[Any] = [None, True, 1, -1, 1.5, "", "x", [], [1], [None], {}, {"a": 1}, ["a", {}], TERA, 10**400]
 
 # Where, what, how the message goes on.
 HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
-    ((W, "shape"), [TERA, TERA], "parameter 'w' is float32 of shape (2, 3), but float32 of shape"),
-    ((W, "shape"), [3, 2], "parameter 'w' is float32 of shape (2, 3), but float32 of shape (3, 2)"),
-    ((W, "shape"), [-2, -3], "parameter 'w' is float32 of shape (2, 3), but"),
+    ((*W_PARAM, 1), [TERA, TERA], "parameter 'w' is float32 of shape (2, 3), but float32 of shape"),
+    ((*W_PARAM, 1), [3, 2], "parameter 'w' is float32 of shape (2, 3), but float32 of shape (3, 2)"),
+    ((*W_PARAM, 1), [-2, -3], "parameter 'w' is float32 of shape (2, 3), but"),
+    ((*W_PARAM, 0), "float64", "but float64 of shape (2, 3) in the file"),
+    ((W, "shape"), [TERA, TERA], TABLE),
+    ((W, "shape"), [3, 2], TABLE),
     ((W, "shape"), [2.0, 3.0], TABLE),
-    ((W, "dtype"), "F64", "but float64 of shape (2, 3) in the file"),
-    ((W, "dtype"), "BF16", "but an unknown dtype of shape (2, 3) in the file"),
-    ((W, "dtype"), "x" * 10**4, "but an unknown dtype of shape (2, 3) in the file"),
-    ((W, "shape"), list(range(10**4)), "of another model"),
+    ((W, "dtype"), "F64", TABLE),
+    ((W, "dtype"), "BF16", TABLE),
+    ((W, "dtype"), "x" * 10**4, TABLE),
+    ((W, "shape"), list(range(10**4)), TABLE),
+    ((*W_PARAM, 0), "x" * 10**4, f"but {'x' * 40} of shape (2, 3) in the file"),
+    ((*W_PARAM, 1), list(range(10**4)), "of another model"),
+    (W_PARAM, ..., NOT_OURS),
+    (
+        (META, "requires"),
+        '["ema", "from the future"]',
+        r"it needs \['from the future'\], which fused-adam .*Upgrade",
+    ),
+    ((META, "streams", "exp_avg"), 64, "its exp_avg are stored in another way"),
     ((W, "data_offsets"), [0, 24], f"{TABLE} exp_avg of parameter 'w'"),
     ((W, "data_offsets"), [-24, 0], TABLE),
     ((W, "data_offsets"), [TERA, TERA + 24], TABLE),
@@ -500,9 +514,9 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((W, "data_offsets"), [112.0, 136.0], TABLE),
     ((B, "data_offsets"), [17, 49], f"{TABLE} exp_avg of parameter 'b'"),
     ((W, "more"), 1, TABLE),
-    ((W, "dtype"), ..., "an unknown dtype"),
+    ((W, "dtype"), ..., TABLE),
     ((W, "data_offsets"), ..., TABLE),
-    ((W,), ..., NOT_OURS),
+    ((W,), ..., TABLE),
     (("state.0.exp_avg_sq",), ..., f"{TABLE} exp_avg_sq of parameter 'w'"),
     (("step",), ..., f"{TABLE} the array of step counts"),
     (("step", "dtype"), "F64", f"{TABLE} the array of step counts"),
@@ -518,14 +532,14 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((META, "crc32", W), ..., f"{TABLE} exp_avg of parameter 'w'"),
     ((META, "crc32", W), "00000000", "exp_avg of parameter 'w' has another checksum"),
     ((META, "crc32", W), "f" * 10**4, "exp_avg of parameter 'w' has another checksum"),
-    ((META, "fused_adam_format"), "2", "it has format 2, of fused-adam .*Upgrade fused-adam"),
+    ((META, "fused_adam_format"), "3", "it has format 3, of fused-adam .*Upgrade fused-adam"),
     ((META, "fused_adam_format"), "999999999", "it has format 999999999, .*Upgrade fused-adam"),
     *(
         ((META, "fused_adam_format"), bad, NOT_OURS)
         for bad in ("", "0", "-1", "1.0", "x", "1_0", " 1", "٣", 1)
     ),
     ((META,), ..., NOT_OURS),
-    *(((META, key), ..., NOT_OURS) for key in ("fused_adam_format", "fused_adam_version", "crc32")),
+    *(((META, key), ..., NOT_OURS) for key in NEEDED),
     ((META, "header_crc32"), ..., NOT_OURS),
     ((META, "param_groups"), ..., NOT_OURS),
     ((META, "param_groups"), "[" * 10**4, NOT_OURS),
@@ -545,7 +559,9 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*GROUP, "amsgrad"), 1, r"options that no optimizer has: param_groups\[0\]\['amsgrad'\]"),
     *((path, odd, "") for path in ((META,), (W,), (W, "shape"), (W, "dtype")) for odd in ODD),
     *(((W, "data_offsets"), odd, "") for odd in ODD),
-    *(((META, key), odd, "") for key in ("crc32", "param_groups", "header_crc32") for odd in ODD),
+    *(((META, key), odd, "") for key in ("header_crc32", *NEEDED) for odd in ODD),
+    *((path, odd, "") for path in (W_PARAM, (*W_PARAM, 0), (*W_PARAM, 1)) for odd in ODD[:-1]),
+    *(((META, key), json.dumps(odd), "") for key in ("params", "streams", "requires") for odd in ODD[:-1]),
     *(((*GROUP[:2],), json.dumps(odd), "") for odd in ODD[:-1]),
     *(((META, "param_groups"), json.dumps([odd]), "") for odd in ODD[:-1]),
     *(((META, "crc32"), json.dumps(odd), "") for odd in ODD[:-1]),

@@ -31,8 +31,8 @@ const StreamInfo& own_stream(const std::string& name) {
 
 namespace {
 
-// Makes the streams that these slots do not have: wanted(i) says which slot i needs, a bit for each.
-// All of them or none.
+// Makes the streams that these slots do not have: wanted(i) says which slot i needs, a bit for
+// each. All of them or none.
 template <class Wanted>
 void give_missing(std::vector<Slot>& slots, Wanted wanted) {
   std::vector<std::pair<Slot*, Stream>> places;
@@ -47,7 +47,8 @@ void give_missing(std::vector<Slot>& slots, Wanted wanted) {
   }
   if (arrays.empty()) return;
   std::vector<py::object> made = new_arrays(arrays);
-  for (size_t i = 0; i < made.size(); ++i) places[i].first->set(places[i].second, std::move(made[i]));
+  for (size_t i = 0; i < made.size(); ++i)
+    places[i].first->set(places[i].second, std::move(made[i]));
 }
 
 }  // namespace
@@ -199,6 +200,8 @@ void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts)
 }
 
 void Optimizer::read_groups(py::handle param_groups) {
+  dicts_.clear();
+  hypers_.clear();
   groups_in(param_groups, dicts_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
     hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
@@ -241,8 +244,6 @@ void Optimizer::make_streams(const std::vector<std::pair<size_t, std::string>>& 
 }
 
 void Optimizer::make_wanted_streams(py::handle param_groups) {
-  dicts_.clear();
-  hypers_.clear();
   read_groups(param_groups);
   add_missing([&](size_t i) { return wanted_streams(hypers_[slots_[i].group]); });
 }

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _core
-from fused_adam._tables import DEFAULTS, LATER, STATE, STREAMS, features, unknown_features
+from fused_adam._tables import DEFAULTS, STATE, STREAMS, features, unknown_features, used
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
@@ -43,9 +43,7 @@ def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, A
         options = {
             k: list(v) if type(v) is list else v if _is_list(v) else plain(v) for k, v in group.items()
         }
-        # As PyTorch's where nothing else is used.
-        options = {k: v for k, v in options.items() if k not in LATER or v != DEFAULTS[k]}
-        saved = {**TORCH_FLAGS, **options, "params": list(range(first, first + len(group["params"])))}
+        saved = {**TORCH_FLAGS, **used(options), "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
             saved["param_names"] = group_names
         all_saved.append(saved)

@@ -210,11 +210,13 @@ def read_header(file: BinaryIO, room: int) -> Header:
         if not (table.startswith(",") and table.endswith("}")):
             raise ValueError
         _require_version(metadata["fused_adam_format"], metadata["fused_adam_version"])
-        unknown = unknown_features(_parse_list(metadata.get("requires", "[]")))
+        # Format 1 had none of these.
+        newer = metadata if metadata["fused_adam_format"] != "1" else {"requires": "[]", "streams": "{}"}
+        unknown = unknown_features(_parse_list(newer["requires"]))
         groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
-        params = _parse_list(metadata["params"]) if "params" in metadata else None
-        streams = _parse_dict(metadata.get("streams", "{}"))
+        params = _parse_list(newer["params"]) if newer is metadata else None
+        streams = _parse_dict(newer["streams"])
         crc32 = metadata["crc32"]
         if not isinstance(crc32, str):
             raise TypeError

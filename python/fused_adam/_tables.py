@@ -55,6 +55,11 @@ def features(groups: Iterable[Mapping[str, Any]], streams: Iterable[str]) -> lis
     return needed + [stream.name for stream in STREAMS if stream.format > 1 and stream.name in present]
 
 
+def used(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that PyTorch's Adam has not, where they are as if they did not exist."""
+    return {k: v for k, v in options.items() if k not in LATER or v != DEFAULTS[k]}
+
+
 def unknown_features(required: Iterable[str]) -> list[str]:
-    known = {*DEFAULTS, *STATE}
+    known = [*DEFAULTS, *STATE]
     return [feature for feature in required if feature not in known]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fused_adam import _checkpoint, _config, _core
 from fused_adam._state import OptimizerState
-from fused_adam._tables import DEFAULTS, options_in
+from fused_adam._tables import DEFAULTS, options_in, used
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -468,7 +468,7 @@ class Adam:
         for i, group in enumerate(self.param_groups):
             count = len(group["params"])
             size = sum(param.size for param in group["params"])
-            options = ", ".join(f"{key}={value!r}" for key, value in group.items() if key != "params")
+            options = ", ".join(f"{key}={value!r}" for key, value in used(group).items() if key != "params")
             lines.append(f"  group {i}: {count} array{'s' * (count != 1)}, {size:,} elements, {options}")
         return "\n".join([*lines, ")"])
 
