@@ -504,7 +504,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     (
         (META, "requires"),
         '["ema", "from the future"]',
-        r"it needs \['from the future'\], which fused-adam .*Upgrade",
+        "it needs ['from the future'], which fused-adam",
     ),
     ((META, "streams", "exp_avg"), 64, "its exp_avg are stored in another way"),
     ((W, "data_offsets"), [0, 24], f"{TABLE} exp_avg of parameter 'w'"),
@@ -529,7 +529,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ),
     (("state.0.max_exp_avg_sq",), ..., "arrays that are not Adam's|its table is wrong"),
     ((META, "crc32", "more"), "00000000", "arrays that are not Adam's"),
-    ((META, "crc32", W), ..., f"{TABLE} exp_avg of parameter 'w'"),
+    ((META, "crc32", W), ..., TABLE),
     ((META, "crc32", W), "00000000", "exp_avg of parameter 'w' has another checksum"),
     ((META, "crc32", W), "f" * 10**4, "exp_avg of parameter 'w' has another checksum"),
     ((META, "fused_adam_format"), "3", "it has format 3, of fused-adam .*Upgrade fused-adam"),
