@@ -140,15 +140,13 @@ def _load(
 
     label = partial(_label, names, groups)
     _require_params(saved, param_kinds(_params(groups)), label)
-    for stream in STREAMS:
-        per_entry = saved.streams.get(stream.name, stream.elements_per_entry)
-        require(per_entry == stream.elements_per_entry, f"its {stream.name} are stored in another way")
-
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
     present: list[list[str]] = [[] for _ in range(len(core))]
     for index, name in _TENSOR.findall(saved.crc32):
         if int(index) < len(core) and name in STATE:
             present[int(index)].append(name)
+    if saved.streams is not None:
+        _require_streams(saved.streams, {name for names_here in present for name in names_here})
     core.make_streams([(i, name) for i, names_here in enumerate(present) for name in names_here])
     for i, names_here in enumerate(present):
         core.reset_state(i, 0, names_here)
@@ -413,6 +411,13 @@ def _require_params(saved: Header, params: list[list[Any]], label: Callable[[int
             f"{label(i)} is {here[0]} of shape {here_shape}, but {was[0]!s:.40} of shape {shape} in the "
             "file: it is of another model"
         )
+
+
+def _require_streams(found: dict[str, Any], present: set[str]) -> None:
+    expected = {s.name: s.elements_per_entry for s in STREAMS if s.name in present}
+    for name, per_entry in expected.items():
+        require(found.get(name) == per_entry, f"its {name} is stored in another way, or {NO_CHECKPOINT}")
+    require(found == expected, NO_CHECKPOINT)
 
 
 def _params_of_format_1(saved: Header, count: int) -> list[Any]:

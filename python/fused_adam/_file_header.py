@@ -57,7 +57,7 @@ class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
     params: list[Any] | None  # as param_kinds() makes it; format 1 had none
-    streams: dict[str, Any]  # the elements of a param for which each has an entry
+    streams: dict[str, Any] | None  # the elements of a param for which each has an entry; likewise
     # Texts, as crc32_template() and table_of() make them for the same tensors. Where they are what is
     # expected, they need not be parsed, which would take longer than all else for 100,000 arrays.
     crc32: str
@@ -211,12 +211,12 @@ def read_header(file: BinaryIO, room: int) -> Header:
             raise ValueError
         _require_version(metadata["fused_adam_format"], metadata["fused_adam_version"])
         # Format 1 had none of these.
-        newer = metadata if metadata["fused_adam_format"] != "1" else {"requires": "[]", "streams": "{}"}
-        unknown = unknown_features(_parse_list(newer["requires"]))
+        is_1 = metadata["fused_adam_format"] == "1"
+        unknown = [] if is_1 else unknown_features(_parse_list(metadata["requires"]))
         groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
-        params = _parse_list(newer["params"]) if newer is metadata else None
-        streams = _parse_dict(newer["streams"])
+        params = None if is_1 else _parse_list(metadata["params"])
+        streams = None if is_1 else _parse_dict(metadata["streams"])
         crc32 = metadata["crc32"]
         if not isinstance(crc32, str):
             raise TypeError
