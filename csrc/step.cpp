@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "float_mode.hpp"
-#include "parallel.hpp"
 
 namespace fused_adam {
 namespace {
@@ -36,10 +35,10 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype) {
   arrays_.push_back({streams, size, lines_before + lines, dtype, rules_.size() - 1});
 }
 
-void StepPlan::run(const KernelTable& kernels, int max_threads) noexcept {
+void StepPlan::run(const KernelTable& kernels, const Threads& threads) noexcept {
   if (arrays_.empty()) return;
   const int64_t lines = arrays_.back().line_end;
-  for_lines(lines, max_threads,
+  for_lines(lines, threads,
             [&](int64_t begin, int64_t end) { run_lines(kernels, begin, end); });
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernel/kernel.hpp"
+#include "parallel.hpp"
 
 namespace fused_adam {
 
@@ -21,9 +22,8 @@ class StepPlan {
 
   void add_array(const Streams& streams, int64_t size, DType dtype);
 
-  // Updates all arrays, cut among threads all together. max_threads is what the caller allows, 0
-  // for what the machine allows. Nothing in here can fail.
-  void run(const KernelTable& kernels, int max_threads) noexcept;
+  // Updates all arrays, cut among threads all together. Nothing in here can fail.
+  void run(const KernelTable& kernels, const Threads& threads) noexcept;
 
  private:
   struct ArrayUpdate {

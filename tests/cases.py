@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from fused_adam import _core
+from fused_adam import _config, _core
 
 DTYPES = (np.float32, np.float64)
 LINE = 64  # bytes of a cache line, and of the widest vector
@@ -94,7 +94,8 @@ class Arrays(NamedTuple):
         return Arrays(*map(np.copy, self))
 
     def step(self, options: dict[str, Any], step: int, isa: str | None = None, max_threads: int = 1) -> None:
-        _core.adam_step(isa or all_isas()[0], max_threads, options, step, *self)
+        threads = _core.Threads(_config.THREADS.back_end, max_threads)
+        _core.adam_step(isa or all_isas()[0], threads, options, step, *self)
 
 
 def random_arrays(size: int, dtype: Any, seed: int = 0) -> Arrays:

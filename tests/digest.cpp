@@ -103,7 +103,7 @@ uint64_t digest(const Isa& isa, DType dtype, int threads) {
       plan.add_array({streams[0].data(), streams[1].data(), streams[2].data(), streams[3].data(),
                       streams[4].data()},
                      static_cast<int64_t>(length), dtype);
-      plan.run(*isa.kernels, threads);
+      plan.run(*isa.kernels, {Threads::kTeam, threads});
       for (const auto& stream : streams) {
         for (const T value : stream) result.add(value);
       }

@@ -9,7 +9,7 @@
 
 namespace fused_adam {
 
-void adam_step(const std::string& isa, int max_threads, const py::dict& options, int64_t step,
+void adam_step(const std::string& isa, const Threads& threads, const py::dict& options, int64_t step,
                py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
                py::handle max_exp_avg_sq) {
   const HyperParameters hyper = OptionReader().read(options, "");
@@ -64,7 +64,7 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
                  param_facts.dtype);
   const KernelTable& kernels = *isa_by_name(isa).kernels;
   const WithoutGil no_gil;
-  plan.run(kernels, max_threads);
+  plan.run(kernels, threads);
 }
 
 }  // namespace fused_adam

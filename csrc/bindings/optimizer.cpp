@@ -49,9 +49,9 @@ class Optimizer::StepScope {
   Optimizer& optimizer_;
 };
 
-Optimizer::Optimizer(const std::string& isa, int max_threads, py::object allocate)
+Optimizer::Optimizer(const std::string& isa, const Threads& threads, py::object allocate)
     : isa_(isa_by_name(isa)),
-      max_threads_(max_threads),
+      threads_(threads),
       allocate_(std::move(allocate)),
       params_key_("params") {}
 
@@ -332,7 +332,7 @@ void Optimizer::step(py::handle grads, py::handle param_groups) {
   // From here on nothing can fail.
   {
     const WithoutGil no_gil;
-    plan_.run(*isa_.kernels, max_threads_);
+    plan_.run(*isa_.kernels, threads_);
   }
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].step += grads_[i].is_none() ? 0 : 1;
 }

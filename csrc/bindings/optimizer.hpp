@@ -20,9 +20,9 @@ namespace fused_adam {
 
 class Optimizer {
  public:
-  // max_threads 0: as many as the machine allows. allocate(params, streams) returns for every array
-  // of params a list of `streams` new arrays like it, filled with zeros.
-  Optimizer(const std::string& isa, int max_threads, py::object allocate);
+  // allocate(params, streams) returns for every array of params a list of `streams` new arrays like
+  // it, filled with zeros.
+  Optimizer(const std::string& isa, const Threads& threads, py::object allocate);
 
   // Takes the arrays of a group, makes their state, and appends the group to the caller's list,
   // with the arrays as a flat tuple under "params". grouped: from now on gradients come as a list
@@ -102,7 +102,7 @@ class Optimizer {
   bool make_missing_maxima();
 
   const Isa& isa_;
-  const int max_threads_;
+  const Threads threads_;
   const py::object allocate_;
   const OptionReader reader_;
   const py::str params_key_;

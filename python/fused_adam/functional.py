@@ -80,7 +80,7 @@ def adam_step(
     }
     _core.adam_step(
         _config.ISA,
-        _config.max_threads(num_threads),
+        _config.threads(num_threads),
         options,
         step,
         param,
