@@ -150,8 +150,9 @@ void for_lines(int64_t lines, const Threads& threads, void (*body)(void*, int64_
 int most_threads(const Threads& threads) noexcept {
   if (threads.limit > 0) return threads.limit;
 #if defined(_OPENMP)
-  // Where OMP_PROC_BIND is set, the first region binds the thread that begins it, too: from then on
-  // its affinity is one place, whose threads our own would have to share. OpenMP knows all places.
+  // Where OMP_PLACES or OMP_PROC_BIND is set, libgomp binds the thread that loads it to the first
+  // place: all that its affinity has, and the team's threads, which inherit it, could use. OpenMP
+  // goes by all places.
   const int cpus = threads.back_end == Threads::kOpenMP
                        ? std::min(omp_get_num_procs(), cpu_quota())
                        : usable_cpus();

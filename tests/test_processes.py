@@ -561,6 +561,28 @@ def test_variables_of_openmp(variables: dict[str, str], limit: int | None, tmp_p
     assert [int(number) for number in output.split()] == [expected, expected - 1]
 
 
+PLACED = (
+    PRELUDE
+    + """
+opt, twin, before = make(), make(1), threads()
+assert go_on(opt) == go_on(twin)
+print(show_config()["num_threads"], threads() - before)
+"""
+)
+
+
+@needs_openmp
+@needs_tasks
+@pytest.mark.parametrize("variables", [{"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "threads"}], ids=str)
+def test_threads_in_places_of_openmp(variables: dict[str, str], tmp_path: Path) -> None:
+    """The first thread is bound to the first place then: its affinity no longer says what may be used."""
+    output = run_script(
+        tmp_path / "program.py", PLACED, FUSED_ADAM_THREADS="openmp", OPENBLAS_NUM_THREADS="1", **variables
+    )
+    cpus = _core.usable_cpus()
+    assert output == f"{cpus} {cpus - 1}\n"
+
+
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset")
 @needs_tasks
 def test_taskset(tmp_path: Path) -> None:
