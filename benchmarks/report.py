@@ -54,6 +54,17 @@ def idle_table(results: dict[str, Any]) -> str:
     return "**CPU time of a step, steps 5 ms apart**\n\n" + table(header, body)
 
 
+def back_end_table(results: dict[str, Any]) -> str:
+    columns = {"idle": "", "busy": "a core busy", "product": "after a matrix product"}
+    body = []
+    for row in results["back_ends"]:
+        figures = [seconds_text(row[state][figure]) for state in columns for figure in ("median", "p99")]
+        body.append([row["workload"], row["back_end"], *figures, seconds_text(row["cpu"])])
+    header = [f"{text or state} {figure}" for state, text in columns.items() for figure in ("median", "p99")]
+    header = ["workload", "back end", *header, "CPU time of a step, 5 ms apart"]
+    return "**Team and OpenMP**, single steps\n\n" + table(header, body)
+
+
 def isa_table(results: dict[str, Any]) -> str:
     names = list(next(iter(results["isas"].values())))
     body = [[w, *(seconds_text(by_isa[n]) for n in names)] for w, by_isa in results["isas"].items()]
@@ -81,5 +92,6 @@ def gradient_table(results: dict[str, Any]) -> str:
 
 
 def all_tables(results: dict[str, Any]) -> str:
-    tables = (step_tables, call_table, gradient_table, scaling_table, busy_table, idle_table, isa_table)
+    tables = (step_tables, call_table, gradient_table, scaling_table, busy_table, idle_table)
+    tables += (back_end_table, isa_table)
     return "\n\n".join(make(results) for make in tables)

@@ -153,9 +153,8 @@ int most_threads(const Threads& threads) noexcept {
   // Where OMP_PLACES or OMP_PROC_BIND is set, libgomp binds the thread that loads it to the first
   // place: all that its affinity has, and the team's threads, which inherit it, could use. OpenMP
   // goes by all places.
-  const int cpus = threads.back_end == Threads::kOpenMP
-                       ? std::min(omp_get_num_procs(), cpu_quota())
-                       : usable_cpus();
+  const int cpus = threads.back_end == Threads::kOpenMP ? std::min(omp_get_num_procs(), cpu_quota())
+                                                        : usable_cpus();
   return std::max(1, std::min(omp_get_max_threads(), cpus));
 #else
   return usable_cpus();

@@ -38,8 +38,7 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype) {
 void StepPlan::run(const KernelTable& kernels, const Threads& threads) noexcept {
   if (arrays_.empty()) return;
   const int64_t lines = arrays_.back().line_end;
-  for_lines(lines, threads,
-            [&](int64_t begin, int64_t end) { run_lines(kernels, begin, end); });
+  for_lines(lines, threads, [&](int64_t begin, int64_t end) { run_lines(kernels, begin, end); });
 }
 
 void StepPlan::run_lines(const KernelTable& kernels, int64_t begin, int64_t end) const noexcept {

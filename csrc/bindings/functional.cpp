@@ -9,9 +9,9 @@
 
 namespace fused_adam {
 
-void adam_step(const std::string& isa, const Threads& threads, const py::dict& options, int64_t step,
-               py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
-               py::handle max_exp_avg_sq) {
+void adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
+               int64_t step, py::handle param, py::handle grad, py::handle exp_avg,
+               py::handle exp_avg_sq, py::handle max_exp_avg_sq) {
   const HyperParameters hyper = OptionReader().read(options, "");
   if (hyper.amsgrad && max_exp_avg_sq.is_none()) {
     throw py::value_error("amsgrad needs max_exp_avg_sq.");
