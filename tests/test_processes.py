@@ -360,7 +360,7 @@ def test_multiprocessing(method: str, tmp_path: Path) -> None:
 
 
 # Ten processes that end in the same way, and the one that forked them. They are forked before the first
-# step, so that each is as if it had been started by itself.
+# step, so that each is as if it had been started by itself. (With OpenMP, only the last one has helpers.)
 ENDS = (
     PRELUDE
     + """
