@@ -146,6 +146,7 @@ def busy_machine(peers: Sequence[str], counts: Sequence[int], scale: float) -> l
 def _summary(samples: Sequence[float]) -> dict[str, float]:
     summary = {
         "median": statistics.median(samples),
+        "mean": statistics.fmean(samples),
         "p99": statistics.quantiles(samples, n=100)[98],
         "max": max(samples),
     }
@@ -173,17 +174,17 @@ def idle_cost(peers: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any
     return rows
 
 
-# What a step meets, and the orders to a worker that make it so.
+# What a step meets, and the order to a worker that makes it so.
 _STATES: dict[str, dict[str, Any]] = {
     "idle": {"steps": 200, "pause": 0},
-    "product": {"steps": 20, "pause": 0, "product": True},
-    "pauses": {"steps": 20, "pause": 0.005},
-    "busy": {"steps": 200, "pause": 0},
+    "after a matrix product": {"steps": 20, "pause": 0, "product": True},
+    "5 ms apart": {"steps": 20, "pause": 0.005},
+    "a core busy": {"steps": 200, "pause": 0},
 }
 
 
 def back_ends(threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Single steps of the team and of OpenMP, side by side, in each of _STATES; CPU time with pauses."""
+    """Single steps and CPU time of the team and of OpenMP, side by side, by workload and state."""
     rows = []
     for name in ("1 array of 100,000", "1 array of 1,000,000"):
         workers = {}
@@ -191,22 +192,22 @@ def back_ends(threads: int, rounds: int) -> list[dict[str, Any]]:
             worker = Worker("fused-adam", threads, {"FUSED_ADAM_THREADS": back_end})
             if "unable" not in worker.setup(_workload(name), "float32", 0.1):  # built without OpenMP
                 workers[back_end] = worker
-        samples: dict[tuple[str, str], list[float]] = {}
-        cpu: dict[str, list[float]] = {}
         for state, order in _STATES.items():
-            with _busy_core() if state == "busy" else nullcontext():
+            samples: dict[str, list[float]] = {back_end: [] for back_end in workers}
+            cpu: dict[str, list[float]] = {back_end: [] for back_end in workers}
+            with _busy_core() if state == "a core busy" else nullcontext():
                 for _ in range(rounds):
                     for back_end, worker in workers.items():
                         time.sleep(0.012)  # the other one's threads spin on for a while
                         answer = worker.ask(do="sample", **order)
-                        samples.setdefault((back_end, state), []).extend(answer["samples"])
-                        if state == "pauses":
-                            cpu.setdefault(back_end, []).append(answer["cpu_seconds"])
-        for back_end, worker in workers.items():
+                        samples[back_end] += answer["samples"]
+                        cpu[back_end].append(answer["cpu_seconds"])
+            row: dict[str, Any] = {"workload": name, "state": state, "threads": threads}
+            for back_end in workers:
+                row[back_end] = {**_summary(samples[back_end]), "cpu": statistics.median(cpu[back_end])}
+            rows.append(row)
+        for worker in workers.values():
             worker.close()
-            row: dict[str, Any] = {"workload": name, "back_end": back_end, "threads": threads}
-            row.update({state: _summary(samples[back_end, state]) for state in _STATES})
-            rows.append({**row, "cpu": statistics.median(cpu[back_end])})
     return rows
 
 

@@ -55,14 +55,15 @@ def idle_table(results: dict[str, Any]) -> str:
 
 
 def back_end_table(results: dict[str, Any]) -> str:
-    columns = {"idle": "", "busy": "a core busy", "product": "after a matrix product"}
-    body = []
-    for row in results["back_ends"]:
-        figures = [seconds_text(row[state][figure]) for state in columns for figure in ("median", "p99")]
-        body.append([row["workload"], row["back_end"], *figures, seconds_text(row["cpu"])])
-    header = [f"{text or state} {figure}" for state, text in columns.items() for figure in ("median", "p99")]
-    header = ["workload", "back end", *header, "CPU time of a step, 5 ms apart"]
-    return "**Team and OpenMP**, single steps\n\n" + table(header, body)
+    rows = results["back_ends"]
+    names = [name for name in ("team", "openmp") if name in rows[0]]
+    figures = ("median", "mean", "p99", "cpu")
+    body = [
+        [row["workload"], row["state"], *(seconds_text(row[n][f]) for n in names for f in figures)]
+        for row in rows
+    ]
+    header = ["workload", "steps", *(f"{n} {f}".replace("cpu", "CPU") for n in names for f in figures)]
+    return "**Team and OpenMP**, single steps, and CPU time of all threads for each\n\n" + table(header, body)
 
 
 def isa_table(results: dict[str, Any]) -> str:
