@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,17 @@ def _workload(name: str) -> Workload:
     return next(w for w in WORKLOADS if w.name == name)
 
 
+@contextmanager
+def _busy_core() -> Iterator[None]:
+    """One core held by another process."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
 def busy_machine(peers: Sequence[str], counts: Sequence[int], scale: float) -> list[dict[str, Any]]:
     """Single steps, idle and with one core held by another process, by number of threads."""
     rows = []
@@ -119,17 +131,10 @@ def busy_machine(peers: Sequence[str], counts: Sequence[int], scale: float) -> l
                 for state in ("idle", "busy"):
                     worker = Worker(peer, threads)
                     worker.setup(_workload(name), "float32", 0.2)
-                    other = (
-                        subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                        if state == "busy"
-                        else None
-                    )
-                    time.sleep(0.3)
-                    answer = worker.ask(do="sample", steps=max(1000, int(count * scale)), pause=0)
+                    with _busy_core() if state == "busy" else nullcontext():
+                        time.sleep(0.3)
+                        answer = worker.ask(do="sample", steps=max(1000, int(count * scale)), pause=0)
                     worker.close()
-                    if other is not None:
-                        other.kill()
-                        other.wait()
                     if "samples" not in answer:
                         break
                     row[state] = _summary(answer["samples"])
@@ -141,6 +146,7 @@ def busy_machine(peers: Sequence[str], counts: Sequence[int], scale: float) -> l
 def _summary(samples: Sequence[float]) -> dict[str, float]:
     summary = {
         "median": statistics.median(samples),
+        "mean": statistics.fmean(samples),
         "p99": statistics.quantiles(samples, n=100)[98],
         "max": max(samples),
     }
@@ -165,6 +171,43 @@ def idle_cost(peers: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any
                 row[f"cpu_{threads}"] = answer["cpu_seconds"]
             else:
                 rows.append(row)
+    return rows
+
+
+# What a step meets, and the order to a worker that makes it so.
+_STATES: dict[str, dict[str, Any]] = {
+    "idle": {"steps": 200, "pause": 0},
+    "after a matrix product": {"steps": 20, "pause": 0, "product": True},
+    "5 ms apart": {"steps": 20, "pause": 0.005},
+    "a core busy": {"steps": 200, "pause": 0},
+}
+
+
+def back_ends(threads: int, rounds: int) -> list[dict[str, Any]]:
+    """Single steps and CPU time of the team and of OpenMP, side by side, by workload and state."""
+    rows = []
+    for name in ("1 array of 100,000", "1 array of 1,000,000"):
+        workers = {}
+        for back_end in ("team", "openmp"):
+            worker = Worker("fused-adam", threads, {"FUSED_ADAM_THREADS": back_end})
+            if "unable" not in worker.setup(_workload(name), "float32", 0.1):  # built without OpenMP
+                workers[back_end] = worker
+        for state, order in _STATES.items():
+            samples: dict[str, list[float]] = {back_end: [] for back_end in workers}
+            cpu: dict[str, list[float]] = {back_end: [] for back_end in workers}
+            with _busy_core() if state == "a core busy" else nullcontext():
+                for _ in range(rounds):
+                    for back_end, worker in workers.items():
+                        time.sleep(0.012)  # the other one's threads spin on for a while
+                        answer = worker.ask(do="sample", **order)
+                        samples[back_end] += answer["samples"]
+                        cpu[back_end].append(answer["cpu_seconds"])
+            row: dict[str, Any] = {"workload": name, "state": state, "threads": threads}
+            for back_end in workers:
+                row[back_end] = {**_summary(samples[back_end]), "cpu": statistics.median(cpu[back_end])}
+            rows.append(row)
+        for worker in workers.values():
+            worker.close()
     return rows
 
 

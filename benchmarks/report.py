@@ -59,6 +59,18 @@ def idle_table(results: dict[str, Any]) -> str:
     return "**CPU time of a step, steps 5 ms apart**\n\n" + table(header, body)
 
 
+def back_end_table(results: dict[str, Any]) -> str:
+    rows = results["back_ends"]
+    names = [name for name in ("team", "openmp") if name in rows[0]]
+    figures = ("median", "mean", "p99", "cpu")
+    body = [
+        [row["workload"], row["state"], *(seconds_text(row[n][f]) for n in names for f in figures)]
+        for row in rows
+    ]
+    header = ["workload", "steps", *(f"{n} {f}".replace("cpu", "CPU") for n in names for f in figures)]
+    return "**Team and OpenMP**, single steps, and CPU time of all threads for each\n\n" + table(header, body)
+
+
 def isa_table(results: dict[str, Any]) -> str:
     names = list(next(iter(results["isas"].values())))
     body = [[w, *(seconds_text(by_isa[n]) for n in names)] for w, by_isa in results["isas"].items()]
@@ -86,5 +98,6 @@ def gradient_table(results: dict[str, Any]) -> str:
 
 
 def all_tables(results: dict[str, Any]) -> str:
-    tables = (step_tables, call_table, gradient_table, scaling_table, busy_table, idle_table, isa_table)
+    tables = (step_tables, call_table, gradient_table, scaling_table, busy_table, idle_table)
+    tables += (back_end_table, isa_table)
     return "\n\n".join([machine_text(results), *(make(results) for make in tables)])

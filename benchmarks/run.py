@@ -74,6 +74,7 @@ def main() -> None:
     present = [peer for peer in rivals if peer in peers and peer not in results["left_out"]]
     results["busy"] = own.busy_machine(present, counts, 0.3 if quick else 1)
     results["idle"] = own.idle_cost(present, counts)
+    results["back_ends"] = own.back_ends(min(2, cpus) if quick else cpus, 5 if quick else 15)
     results["isas"] = own.isas(effort)
     results["scaling"] = own.scaling(effort)
 

@@ -9,7 +9,11 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 from benchmarks.peers import PEERS
+
+_MATRIX = np.ones((256, 256), np.float32)
 
 
 def main() -> None:
@@ -36,7 +40,10 @@ def main() -> None:
                 answer["seconds"] = (time.perf_counter() - begin) / order["steps"]
             elif order["do"] == "sample":
                 assert step is not None
-                answer["samples"], answer["cpu_seconds"] = _sample(step, order["steps"], order["pause"])
+                before = _product if order.get("product") else lambda: None
+                answer["samples"], answer["cpu_seconds"] = _sample(
+                    step, order["steps"], order["pause"], before
+                )
         except (ImportError, NotImplementedError) as error:
             answer["unable"] = str(error)
         except Exception as error:
@@ -56,18 +63,24 @@ def _warm_up(step: Any, seconds: float) -> float:
     return elapsed / steps if steps > 1 else time.perf_counter() - begin
 
 
-def _sample(step: Any, steps: int, pause: float) -> tuple[list[float], float]:
+def _product() -> None:
+    """A matrix product of NumPy, which leaves threads of its BLAS behind, spinning."""
+    _MATRIX @ _MATRIX
+
+
+def _sample(step: Any, steps: int, pause: float, before: Any) -> tuple[list[float], float]:
     """Seconds of every single step, and the CPU time of all threads meanwhile, per step."""
     samples = []
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    start = resource.getrusage(resource.RUSAGE_SELF)
     for _ in range(steps):
+        before()
         begin = time.perf_counter()
         step()
         samples.append(time.perf_counter() - begin)
         if pause:
             time.sleep(pause)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    end = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
     return samples, cpu / steps
 
 

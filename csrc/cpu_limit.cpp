@@ -88,9 +88,11 @@ int cpus_by_affinity() noexcept {
 
 }  // namespace
 
-int usable_cpus() noexcept {
+int cpu_quota() noexcept {
   static const int quota = quota_or_no_limit();
-  return std::max(1, std::min(cpus_by_affinity(), quota));
+  return quota;
 }
+
+int usable_cpus() noexcept { return std::max(1, std::min(cpus_by_affinity(), cpu_quota())); }
 
 }  // namespace fused_adam

@@ -65,10 +65,10 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool
   arrays_.push_back({streams, size, lines_before + lines, rule, dtype, begins_ema});
 }
 
-void StepPlan::run(const StageTable& table, int max_threads) noexcept {
+void StepPlan::run(const StageTable& table, const Threads& threads) noexcept {
   if (arrays_.empty()) return;
   const int64_t lines = arrays_.back().line_end;
-  for_lines(lines, max_threads, [&](int64_t begin, int64_t end) { run_lines(table, begin, end); });
+  for_lines(lines, threads, [&](int64_t begin, int64_t end) { run_lines(table, begin, end); });
 }
 
 void StepPlan::run_lines(const StageTable& table, int64_t begin, int64_t end) const noexcept {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernel/kernel.hpp"
+#include "parallel.hpp"
 
 namespace fused_adam {
 
@@ -23,9 +24,8 @@ class StepPlan {
   // dtype: of param. begins_ema: there are no averages of it yet.
   void add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema = false);
 
-  // Updates all arrays, cut among threads all together. max_threads is what the caller allows, 0
-  // for what the machine allows. Nothing in here can fail.
-  void run(const StageTable& table, int max_threads) noexcept;
+  // Updates all arrays, cut among threads all together. Nothing in here can fail.
+  void run(const StageTable& table, const Threads& threads) noexcept;
 
  private:
   struct ArrayUpdate {

@@ -9,7 +9,6 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
 #include <signal.h>
 #endif
 #if defined(__SSE2__) || defined(_M_X64)
@@ -227,10 +226,6 @@ int64_t run_with_team(const Job& job, int threads, bool wake) noexcept {
   return helpers == nullptr ? Team::run_alone(job) : helpers->run(job, threads, wake);
 }
 
-void watch_forks() noexcept {
-#if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { the_team.store(nullptr, std::memory_order_relaxed); });
-#endif
-}
+void forget_team() noexcept { the_team.store(nullptr, std::memory_order_relaxed); }
 
 }  // namespace fused_adam

@@ -33,8 +33,8 @@ int64_t run_with_team(int chunks, int threads, bool wake, Chunk chunk) noexcept 
   return run_with_team({body, &chunk, chunks}, threads, wake);
 }
 
-// To be called once, when the module is loaded: a forked child has none of its parent's threads,
-// and starts a team of its own when it needs one.
-void watch_forks() noexcept;
+// To be called in a forked child, which has none of its parent's threads: the next job starts a new
+// team.
+void forget_team() noexcept;
 
 }  // namespace fused_adam

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import _core, _tables
+from fused_adam import _config, _core, _tables
 
 DTYPES = (np.float32, np.float64)
 LINE = 64  # bytes of a cache line, and of the widest vector
@@ -118,7 +118,8 @@ class Arrays(namedtuple("Arrays", [stream.name for stream in STREAMS], defaults=
         max_threads: int = 1,
         zero_grad: bool = False,
     ) -> None:
-        _core.adam_step(isa or all_isas()[0], max_threads, options, step, self._asdict(), zero_grad)
+        threads = _core.Threads(_config.THREADS.back_end, max_threads)
+        _core.adam_step(isa or all_isas()[0], threads, options, step, self._asdict(), zero_grad)
 
 
 # The state of a parameter, as opt.state has it.

@@ -65,10 +65,10 @@ void sleepers_are_woken(int threads, int jobs) {
 }
 
 // How many threads a step has that large.
-int threads_of_a_step(void (*in_chunk)(bool is_caller)) {
+int threads_of_a_step(Threads::BackEnd back_end, void (*in_chunk)(bool is_caller)) {
   const auto caller = std::this_thread::get_id();
   std::atomic<int> others{0}, calls{0};
-  for_lines(1 << 18, 2, [&](int64_t, int64_t) {
+  for_lines(1 << 18, {back_end, 2}, [&](int64_t, int64_t) {
     const bool is_caller = std::this_thread::get_id() == caller;
     ++calls;
     if (!is_caller) ++others;
@@ -87,17 +87,19 @@ void alone_after_a_stall() {
   int threads = 0;
   while (threads != 2) {
     std::this_thread::sleep_for(std::chrono::milliseconds(300));  // an accidental stall passes
-    threads = threads_of_a_step(stalls);
+    threads = threads_of_a_step(Threads::kTeam, stalls);
   }
-  require(threads_of_a_step(unhurried) == 1, "a step after a stall has helpers");
+  require(threads_of_a_step(Threads::kTeam, unhurried) == 1, "a step after a stall has helpers");
 }
 
 void alone_in_a_region() {
 #if defined(_OPENMP)
-  std::atomic<int> helped{0};
+  for (const auto back_end : {Threads::kTeam, Threads::kOpenMP}) {
+    std::atomic<int> helped{0};
 #pragma omp parallel num_threads(2)
-  if (threads_of_a_step([](bool) { spin(microseconds(50)); }) != 1) ++helped;
-  require(helped == 0, "a step inside an OpenMP region has helpers");
+    if (threads_of_a_step(back_end, [](bool) { spin(microseconds(50)); }) != 1) ++helped;
+    require(helped == 0, "a step inside an OpenMP region has helpers");
+  }
 #endif
 }
 

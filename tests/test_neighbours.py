@@ -63,7 +63,7 @@ libm = ctypes.CDLL(None)
 ours_first = sys.argv[1] == "before"
 facts = {}
 if ours_first:
-    from fused_adam import Adam, _core
+    from fused_adam import Adam, _core, show_config
     # Our helpers are there before those of the others.
     Adam(np.ones(600_011), num_threads=2).step(np.ones(600_011))
 import torch
@@ -72,7 +72,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_info, threadpool_limits
 if not ours_first:
     before = settings()
-    from fused_adam import Adam, _core
+    from fused_adam import Adam, _core, show_config
     facts["untouched"] = settings() == before
 
 TRAIN
@@ -145,7 +145,7 @@ bits["clusters between"] = train(2, cluster)
 bits["default"] = train(None, multiply)
 for limit in (1, 2):
     with threadpool_limits(limit):
-        facts[f"threads under {limit}"] = _core.max_threads()
+        facts[f"threads under {limit}"] = show_config()["num_threads"]
         bits[f"limit {limit}"] = train(None, all_of_theirs)
         bits[f"limit {limit}, told 2"] = train(2, multiply)
 facts["torch threads"] = [cpus, torch.get_num_threads()]

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam, _core
+from fused_adam import Adam, _core, show_config
 from snapshots import assert_same_bits, map_tree, random_like
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,12 @@ LARGE = 2_000_000  # elements: enough for another thread to come while they are 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 TASKS = Path("/proc/self/task")
 needs_tasks = pytest.mark.skipif(not TASKS.exists(), reason="only Linux shows its threads")
+MACHINE = _core.Threads(show_config()["threads"], 0)  # what it allows the back end of this run
+needs_team = pytest.mark.skipif(MACHINE.back_end != "team", reason="OpenMP is the back end of this run")
 needs_openmp = pytest.mark.skipif(not _core.openmp_version(), reason="built without OpenMP")
+
+
+IMPORTED_BY = os.getpid()
 
 
 class Child:
@@ -85,10 +90,17 @@ class Child:
 
 
 def start_helpers() -> None:
-    """Step until a step had a new helper: where CPUs are scarce, steps keep to one thread for a while."""
+    """Step until a step had a new helper: where CPUs are scarce, steps keep to one thread for a while.
+
+    In a forked child, OpenMP has none: there, make sure of it.
+    """
     params, grads = np.ones(PARALLEL, np.float32), np.ones(PARALLEL, np.float32)
     before, end = len(os.listdir(TASKS)), time.monotonic() + PATIENCE / 3
     opt = Adam(params, num_threads=before + 1)  # one more than there can be
+    if MACHINE.back_end == "openmp" and os.getpid() != IMPORTED_BY:
+        opt.step(grads)
+        assert len(os.listdir(TASKS)) == before
+        return
     while len(os.listdir(TASKS)) == before:
         assert time.monotonic() < end, "no step had a helper"
         opt.step(grads)
@@ -127,6 +139,8 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def alone(test: Callable[[], None]) -> Callable[[], None]:
     """Run a test in a child, whose team is new: that of all tests may have all helpers that it can have."""
+    if MACHINE.back_end == "openmp":
+        return test  # a child has no helpers
 
     @functools.wraps(test)
     def run() -> None:
@@ -276,7 +290,7 @@ def test_sixteen_threads_and_one_that_forks() -> None:
 PRELUDE = """
 import hashlib, os, sys, threading, time
 import numpy as np
-from fused_adam import Adam, _core
+from fused_adam import Adam, _core, show_config
 
 def threads():
     return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
@@ -358,7 +372,7 @@ def test_multiprocessing(method: str, tmp_path: Path) -> None:
 
 
 # Ten processes that end in the same way, and the one that forked them. They are forked before the first
-# step, so that each is as if it had been started by itself.
+# step, so that each is as if it had been started by itself. (With OpenMP, only the last one has helpers.)
 ENDS = (
     PRELUDE
     + """
@@ -488,6 +502,7 @@ print(threads() - before)
 
 
 @needs_tasks
+@needs_team
 @pytest.mark.parametrize(
     ("limit", "stacks", "helpers"), [("RLIMIT_AS", 0.5, 0), ("RLIMIT_AS", 1.5, 1), ("RLIMIT_NPROC", 0, 0)]
 )
@@ -533,7 +548,7 @@ CPUS = (
     + """
 opt, before = make(), threads()
 opt.step(make_grads(0, 1)[0])
-print(_core.max_threads(), threads() - before)
+print(show_config()["num_threads"], threads() - before)
 """
 )
 
@@ -556,6 +571,28 @@ def test_variables_of_openmp(variables: dict[str, str], limit: int | None, tmp_p
     expected = min(limit or 4096, _core.usable_cpus())
     output = run_script(tmp_path / "program.py", CPUS, OPENBLAS_NUM_THREADS="1", **variables)
     assert [int(number) for number in output.split()] == [expected, expected - 1]
+
+
+PLACED = (
+    PRELUDE
+    + """
+opt, twin, before = make(), make(1), threads()
+assert go_on(opt) == go_on(twin)
+print(show_config()["num_threads"], threads() - before)
+"""
+)
+
+
+@needs_openmp
+@needs_tasks
+@pytest.mark.parametrize("variables", [{"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "threads"}], ids=str)
+def test_threads_in_places_of_openmp(variables: dict[str, str], tmp_path: Path) -> None:
+    """The first thread is bound to the first place then: its affinity no longer says what may be used."""
+    output = run_script(
+        tmp_path / "program.py", PLACED, FUSED_ADAM_THREADS="openmp", OPENBLAS_NUM_THREADS="1", **variables
+    )
+    cpus = _core.usable_cpus()
+    assert output == f"{cpus} {cpus - 1}\n"
 
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset")
@@ -733,4 +770,4 @@ def test_quota_of_the_cgroup(case: str, quotas: dict[str, list[int]]) -> None:
     cpus = len(os.sched_getaffinity(0))
     expected = cpus if limit is None else min(cpus, limit)
     assert quotas[case][0] == expected
-    assert quotas[case][1] == min(expected, _core.max_threads())
+    assert quotas[case][1] == min(expected, MACHINE.most)

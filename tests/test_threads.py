@@ -29,6 +29,11 @@ PATIENCE = 30  # seconds, until waiting counts as hanging
 LARGE = 2_000_000  # elements: enough for another thread to come while they are updated
 PARALLEL = 600_011  # elements: enough for threads that sleep to be woken
 
+# What the machine allows the back end of this run.
+MACHINE = _core.Threads(show_config()["threads"], 0)
+needs_team = pytest.mark.skipif(MACHINE.back_end != "team", reason="OpenMP is the back end of this run")
+needs_openmp = pytest.mark.skipif(not _core.openmp_version(), reason="built without OpenMP")
+
 # --- Two threads, one optimizer ---------------------------------------------------------------------
 
 
@@ -236,6 +241,7 @@ def test_forked_child_goes_on(steps_before: int) -> None:
 
 @needs_fork
 @needs_tasks
+@needs_team
 def test_forked_child_has_threads_of_its_own() -> None:
     params = np.ones(PARALLEL, np.float32)
     Adam(params, num_threads=2).step(params.copy())
@@ -282,17 +288,15 @@ def test_fork_while_another_thread_steps() -> None:
 
 # --- Limits -----------------------------------------------------------------------------------------
 
-needs_openmp = pytest.mark.skipif(not _core.openmp_version(), reason="built without OpenMP")
-
 
 @needs_openmp
 def test_threadpoolctl_limits() -> None:
     threadpoolctl = pytest.importorskip("threadpoolctl")
-    before = _core.max_threads()
+    before = MACHINE.most
     with threadpoolctl.threadpool_limits(1):
-        assert _core.max_threads() == 1
+        assert MACHINE.most == 1
         assert show_config()["num_threads"] == 1
-    assert _core.max_threads() == before
+    assert MACHINE.most == before
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux has it")
@@ -302,7 +306,7 @@ def test_affinity_limits() -> None:
     os.sched_setaffinity(0, {min(cpus)})
     try:
         assert _core.usable_cpus() == 1
-        assert _core.max_threads() == 1
+        assert MACHINE.most == 1
     finally:
         os.sched_setaffinity(0, cpus)
 
@@ -329,7 +333,7 @@ PRINT = "from fused_adam import show_config as s; print(s()['num_threads'], *s()
         ({"FUSED_ADAM_NUM_THREADS": "1"}, 1),
         ({"FUSED_ADAM_NUM_THREADS": "3"}, 3),
         ({"FUSED_ADAM_NUM_THREADS": "3", "OMP_NUM_THREADS": "1"}, 3),
-        ({"FUSED_ADAM_NUM_THREADS": ""}, _core.max_threads()),
+        ({"FUSED_ADAM_NUM_THREADS": ""}, MACHINE.most),
     ],
     ids=str,
 )
@@ -380,7 +384,7 @@ def test_step_uses_as_many_threads_as_it_may(
 ) -> None:
     done = run_python(COUNT.format(size=size, num_threads=num_threads), **environment)
     assert done.returncode == 0, done.stderr
-    # The team keeps those that it started.
+    # Either back end keeps those that it started.
     assert [1 + int(number) for number in done.stdout.split()] == [expected, expected]
 
 
@@ -416,6 +420,7 @@ print(len(before), sum(after[task] != before[task] for task in before))
 
 
 @needs_tasks
+@needs_team
 def test_helpers_that_are_not_needed_sleep_on() -> None:
     """A step of 2 threads wakes one helper, however many some earlier step had."""
     done = run_python(WAKEUPS.format(size=PARALLEL), OPENBLAS_NUM_THREADS="1")
@@ -423,6 +428,36 @@ def test_helpers_that_are_not_needed_sleep_on() -> None:
     helpers, woken = map(int, done.stdout.split())
     assert helpers == 8
     assert woken <= 1
+
+
+def assert_refused(variable: str, value: str, reason: str) -> None:
+    done = run_python("import fused_adam", **{variable: value})
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ValueError: environment variable {variable}")
+    assert reason in last
+
+
+SHOW_THREADS = "from fused_adam import show_config as s; print(s()['threads'], s()['environment'])"
+
+
+@pytest.mark.parametrize("value", ["", "team", pytest.param("openmp", marks=needs_openmp)])
+def test_environment_chooses_the_back_end(value: str) -> None:
+    done = run_python(SHOW_THREADS, FUSED_ADAM_THREADS=value)
+    assert done.returncode == 0, done.stderr
+    back_end, shown = done.stdout.split(maxsplit=1)
+    assert back_end == (value or "team")
+    assert f"'FUSED_ADAM_THREADS': {value!r}" in shown
+
+
+@pytest.mark.parametrize("value", ["OpenMP", "omp", "team ", "none", "1"])
+def test_unknown_back_end_refused(value: str) -> None:
+    assert_refused("FUSED_ADAM_THREADS", value, f"must be 'team' or 'openmp', got {value!r}")
+
+
+@pytest.mark.skipif(_core.openmp_version() > 0, reason="built with OpenMP")
+def test_openmp_refused_without_it() -> None:
+    assert_refused("FUSED_ADAM_THREADS", "openmp", "this build has no OpenMP")
 
 
 SIGNAL = """
@@ -437,6 +472,7 @@ print(signal.sigtimedwait({{signal.SIGUSR1}}, 10).si_signo == signal.SIGUSR1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals are of Unix")
+@needs_team
 def test_helpers_do_not_take_the_signals_of_the_program() -> None:
     """A signal that the program blocks and waits for would kill it if a helper had it open."""
     # NumPy's BLAS has threads too, with all signals open.

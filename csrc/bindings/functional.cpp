@@ -11,8 +11,8 @@
 
 namespace fused_adam {
 
-void adam_step(const std::string& isa, int max_threads, const py::dict& options, int64_t step,
-               const py::dict& arrays, bool zero_grad) {
+void adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
+               int64_t step, const py::dict& arrays, bool zero_grad) {
   const HyperParameters hyper = OptionReader().read(options, "");
   Streams streams = {};
   ArrayFacts param = {};
@@ -55,7 +55,7 @@ void adam_step(const std::string& isa, int max_threads, const py::dict& options,
   plan.add_array(streams, param.size, param.dtype);
   const StageTable& stages = *isa_by_name(isa).stages;
   const WithoutGil no_gil;
-  plan.run(stages, max_threads);
+  plan.run(stages, threads);
 }
 
 }  // namespace fused_adam

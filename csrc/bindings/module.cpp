@@ -4,7 +4,6 @@
 #include "../cpu_limit.hpp"
 #include "../dispatch.hpp"
 #include "../parallel.hpp"
-#include "../team.hpp"
 #include "functional.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
@@ -66,8 +65,16 @@ void bind(py::module_& m) {
   m.def("supported_isas", [] { return isa_names(true); });
   m.def("check_isa", [](const std::string& name) { isa_by_name(name); }, py::arg("name"));
   m.def("openmp_version", &openmp_version);
-  m.def("max_threads", &max_threads_here);
   m.def("usable_cpus", &usable_cpus);
+
+  py::class_<Threads>(m, "Threads")
+      .def(py::init([](const std::string& back_end, int limit) {
+             return Threads{back_end_by_name(back_end), limit};
+           }),
+           py::arg("back_end"), py::arg("limit"))
+      .def_property_readonly("back_end",
+                             [](const Threads& threads) { return name_of(threads.back_end); })
+      .def_property_readonly("most", &most_threads);
 
   m.def(
       "check_options",
@@ -78,7 +85,7 @@ void bind(py::module_& m) {
   m.def("option_table", &options_for_python);
   m.def("stream_table", &streams_for_python);
   m.def("streams_of", &streams_of, py::arg("options"));
-  m.def("adam_step", &adam_step, py::arg("isa"), py::arg("max_threads"), py::arg("options"),
+  m.def("adam_step", &adam_step, py::arg("isa"), py::arg("threads"), py::arg("options"),
         py::arg("step"), py::arg("arrays"), py::arg("zero_grad"));
 
   py::class_<Structure, std::shared_ptr<Structure>>(m, "Structure")
@@ -98,7 +105,7 @@ void bind(py::module_& m) {
       .def_property_readonly("named", &Structure::named);
 
   py::class_<Optimizer>(m, "Optimizer")
-      .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("max_threads"))
+      .def(py::init<const std::string&, const Threads&>(), py::arg("isa"), py::arg("threads"))
       .def("__len__", &Optimizer::size)
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)

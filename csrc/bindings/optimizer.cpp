@@ -88,8 +88,8 @@ class Optimizer::StepScope {
   Optimizer& optimizer_;
 };
 
-Optimizer::Optimizer(const std::string& isa, int max_threads)
-    : isa_(isa_by_name(isa)), max_threads_(max_threads), params_key_("params") {}
+Optimizer::Optimizer(const std::string& isa, const Threads& threads)
+    : isa_(isa_by_name(isa)), threads_(threads), params_key_("params") {}
 
 void Optimizer::take_use() {
   if (busy_.exchange(true, std::memory_order_acquire)) {
@@ -377,7 +377,7 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) 
   // From here on nothing can fail.
   {
     const WithoutGil no_gil;
-    plan_.run(*isa_.stages, max_threads_);
+    plan_.run(*isa_.stages, threads_);
   }
   for (size_t g = 0; g < groups_.size(); ++g) {
     const bool keeps_ema = hypers_[g].keeps_ema();

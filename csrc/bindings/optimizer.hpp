@@ -22,8 +22,7 @@ namespace fused_adam {
 
 class Optimizer {
  public:
-  // max_threads 0: as many as the machine allows.
-  Optimizer(const std::string& isa, int max_threads);
+  Optimizer(const std::string& isa, const Threads& threads);
 
   // Takes the arrays of a group, makes their state, and appends the group to the caller's list,
   // with the arrays as a flat tuple under "params". grouped: from now on gradients come as a list
@@ -114,7 +113,7 @@ class Optimizer {
   void add_missing(Wanted wanted);  // wanted(i): the streams that slot i needs, a bit for each
 
   const Isa& isa_;
-  const int max_threads_;
+  const Threads threads_;
   const OptionReader reader_;
   const py::str params_key_;
   // Of changes to slots_ and groups_, other than by steps, against those that read without

@@ -1,4 +1,4 @@
-"""What the environment and the machine decide: the ISA, the number of threads."""
+"""What the environment and the machine decide: the ISA, the threads and their number."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _isa() -> str:
     return name
 
 
-def _max_threads() -> int:
+def _num_threads() -> int:
     text = os.environ.get("FUSED_ADAM_NUM_THREADS")
     if not text:
-        return 0
+        return 0  # what the machine allows
     if not text.isdecimal() or not 1 <= int(text) <= _MANY_THREADS:
         raise ValueError(
             f"environment variable FUSED_ADAM_NUM_THREADS must be a number from 1 to {_MANY_THREADS}, "
@@ -36,21 +36,29 @@ def _max_threads() -> int:
     return int(text)
 
 
+def _threads() -> _core.Threads:
+    num_threads = _num_threads()
+    try:
+        return _core.Threads(os.environ.get("FUSED_ADAM_THREADS") or "team", num_threads)
+    except ValueError as error:
+        raise ValueError(f"environment variable FUSED_ADAM_THREADS: {error}") from None
+
+
 # Read once, at import: a wrong value must be an error now, not at some later step.
 ISA: Final = _isa()
-MAX_THREADS: Final = _max_threads()  # 0: what the machine allows
+THREADS: Final = _threads()
 
 
-def max_threads(num_threads: int | None) -> int:
-    """Check a `num_threads` argument; 0 stands for what the machine allows."""
+def threads(num_threads: int | None) -> _core.Threads:
+    """The threads that a step may have, from a `num_threads` argument, which is checked."""
     if num_threads is None:
-        return MAX_THREADS
+        return THREADS
     num_threads = as_int("num_threads", num_threads, "an int or None")
     if num_threads < 1:
         raise ValueError(f"num_threads must be >= 1 or None, got {num_threads}.")
     if num_threads > _MANY_THREADS:
         raise ValueError(f"num_threads must be at most {_MANY_THREADS}, got {num_threads}.")
-    return num_threads
+    return _core.Threads(THREADS.back_end, num_threads)
 
 
 def as_int(name: str, value: Any, expected: str = "an int") -> int:
@@ -76,22 +84,25 @@ def show_config() -> dict[str, Any]:
     dict
         ``version``; ``numerics``, the id of the formula (equal ids give equal bits); ``isa``, the
         instruction set that steps use, ``isas_supported`` by this machine and ``isas_compiled``, best
-        first; ``num_threads``, the most that a step uses, and ``cpus`` that this process may use;
-        ``openmp``, the date of the OpenMP standard that it was built with, whose limits on threads are
-        honoured, or None; ``compiler``; and ``environment``, the variables that count and are set.
+        first; ``threads``, whose they are: of this package's ``"team"``, or ``"openmp"``;
+        ``num_threads``, the most that a step uses, and ``cpus`` that this process may use; ``openmp``,
+        the date of the OpenMP standard that it was built with, whose limits on threads are honoured, or
+        None; ``compiler``; and ``environment``, the variables that count and are set.
 
     Notes
     -----
     ``python -m fused_adam`` prints it. The library itself prints nothing.
     """
-    variables = ("FUSED_ADAM_ISA", "FUSED_ADAM_NUM_THREADS", "OMP_NUM_THREADS")
+    ours = ("FUSED_ADAM_ISA", "FUSED_ADAM_THREADS", "FUSED_ADAM_NUM_THREADS")
+    variables = (*ours, "OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND")
     return {
         "version": _core.__version__,
         "numerics": _core.numerics,
         "isa": ISA,
         "isas_supported": _core.supported_isas(),
         "isas_compiled": _core.compiled_isas(),
-        "num_threads": MAX_THREADS or _core.max_threads(),
+        "threads": THREADS.back_end,
+        "num_threads": THREADS.most,
         "cpus": _core.usable_cpus(),
         "openmp": _core.openmp_version() or None,
         "compiler": _core.compiler,

@@ -508,7 +508,7 @@ class Adam:
     # --- private ---
 
     def _new_core(self) -> None:
-        self._core = _core.Optimizer(_config.ISA, _config.max_threads(self._num_threads))
+        self._core = _core.Optimizer(_config.ISA, _config.threads(self._num_threads))
         self._state = OptimizerState(self._core)
         self._grads = None
 

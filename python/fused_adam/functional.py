@@ -79,4 +79,4 @@ def adam_step(
     _config.require_flag("zero_grad", zero_grad)
     if not 1 <= step < 2**63:
         raise ValueError(f"step must be >= 1 and < 2**63, got {step}.")
-    _core.adam_step(_config.ISA, _config.max_threads(num_threads), options, step, arrays, zero_grad)
+    _core.adam_step(_config.ISA, _config.threads(num_threads), options, step, arrays, zero_grad)
