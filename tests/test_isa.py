@@ -188,7 +188,7 @@ def test_the_number_of_threads_is_taken(threads):
     "text", ["0", "-1", "two", "1.0", "2 threads", "1e3", "+2", " 2", "0x2", "9" * 20, " ", "4097"]
 )
 def test_a_bad_number_of_threads_is_refused(text, refused):
-    refused(_config._max_threads, "FUSED_ADAM_NUM_THREADS", text)
+    refused(_config._num_threads, "FUSED_ADAM_NUM_THREADS", text)
 
 
 def test_this_process_uses_what_it_says():
