@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cases import DEFAULTS, all_isas, assert_same_arrays, awkward_values, each_dtype, random_arrays
+from cases import (
+    DEFAULTS,
+    OPTION_TABLE,
+    all_isas,
+    assert_same_arrays,
+    awkward_values,
+    each_dtype,
+    random_arrays,
+)
 from fused_adam import _config, _core, show_config
 
 ON_LINUX_X86 = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -34,16 +42,13 @@ KNOWN_ISAS = sorted({*ISAS_OF_THE_BUILD, *_core.compiled_isas()})
 
 
 def random_options(rng):
-    return {
-        "lr": float(10 ** rng.uniform(-6, 1)),
-        "betas": (float(rng.choice([0.0, rng.uniform(), 0.9])), float(1 - 10 ** rng.uniform(-7, 0))),
-        "eps": float(rng.choice([0.0, 10 ** rng.uniform(-12, 0)])),
-        "weight_decay": float(rng.choice([0.0, 10 ** rng.uniform(-6, 0)])),
-        "amsgrad": bool(rng.integers(2)),
-        "maximize": bool(rng.integers(2)),
-        "decoupled_weight_decay": bool(rng.integers(2)),
-        "ema_decay": rng.choice([None, 0.3, 0.999]),
+    kinds = {
+        "number": lambda: float(rng.choice([0.0, 10 ** rng.uniform(-6, 0)])),
+        "betas": lambda: (float(rng.choice([0.0, rng.uniform(), 0.9])), float(1 - 10 ** rng.uniform(-7, 0))),
+        "flag": lambda: bool(rng.integers(2)),
+        "fraction or None": lambda: rng.choice([None, 0.3, 0.999]),
     }
+    return {option.name: kinds[option.kind]() for option in OPTION_TABLE}
 
 
 @each_dtype

@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from cases import DTYPES, STREAMS, Arrays, all_isas, assert_same_arrays, assert_same_bits, awkward_values
+from cases import (
+    DTYPES,
+    OPTION_TABLE,
+    STREAMS,
+    Arrays,
+    all_isas,
+    assert_same_arrays,
+    assert_same_bits,
+    awkward_values,
+)
 from fused_adam import Adam, adam_step
 
 thorough = settings(max_examples=3 * settings.default.max_examples)
@@ -14,19 +23,13 @@ dtypes = st.sampled_from(DTYPES)
 threads = st.sampled_from([1, 2, 7])
 not_negative = st.floats(0, allow_infinity=False) | st.sampled_from([0.0, 1e-8, 1e-3, 0.01, 1.0])
 betas = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.999])
-flags = st.booleans()
-options = st.fixed_dictionaries(
-    {
-        "lr": not_negative,
-        "betas": st.tuples(betas, betas),
-        "eps": not_negative,
-        "weight_decay": not_negative,
-        "amsgrad": flags,
-        "maximize": flags,
-        "decoupled_weight_decay": flags,
-        "ema_decay": st.none() | betas,
-    }
-)
+kinds = {
+    "number": not_negative,
+    "betas": st.tuples(betas, betas),
+    "flag": st.booleans(),
+    "fraction or None": st.none() | betas,
+}
+options = st.fixed_dictionaries({option.name: kinds[option.kind] for option in OPTION_TABLE})
 step_numbers = st.integers(1, 100) | st.integers(1, 2**63 - 1)
 
 

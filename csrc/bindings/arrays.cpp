@@ -27,11 +27,18 @@ std::string shape_text(const ArrayFacts& facts) {
 
 struct ElementType {
   DType dtype;
+  const char* name;
   int numpy_type;
 };
-constexpr ElementType kElementTypes[] = {{kFloat32, npy_api::NPY_FLOAT_},
-                                         {kFloat64, npy_api::NPY_DOUBLE_}};
-static_assert(sizeof kElementTypes == kDTypes * sizeof(ElementType));
+constexpr ElementType kElementTypes[] = {{kFloat32, "float32", npy_api::NPY_FLOAT_},
+                                         {kFloat64, "float64", npy_api::NPY_DOUBLE_}};
+constexpr bool element_types_are_in_order() {
+  for (int i = 0; i < kDTypes; ++i) {
+    if (kElementTypes[i].dtype != i) return false;
+  }
+  return std::size(kElementTypes) == kDTypes;
+}
+static_assert(element_types_are_in_order(), "kElementTypes is indexed by DType");
 
 std::string type_name(py::handle object) {
   py::handle type = py::type::handle_of(object);
@@ -137,22 +144,9 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place) {
 
 }  // namespace
 
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case kFloat32:
-      return "float32";
-    case kFloat64:
-      return "float64";
-  }
-  return "";
-}
+const char* dtype_name(DType dtype) { return kElementTypes[dtype].name; }
 
-py::dtype numpy_dtype(DType dtype) {
-  const auto* type =
-      std::find_if(std::begin(kElementTypes), std::end(kElementTypes),
-                   [&](const ElementType& element) { return element.dtype == dtype; });
-  return py::dtype(type->numpy_type);
-}
+py::dtype numpy_dtype(DType dtype) { return py::dtype(kElementTypes[dtype].numpy_type); }
 
 void load_array_types() {
   memmap_type.call_once_and_store_result(

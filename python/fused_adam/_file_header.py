@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _checkpoint, _core
-from fused_adam._tables import OPTIONS, unknown_features
+from fused_adam._tables import OPTIONS, STREAMS, unknown_features
 
-# To be raised by whoever changes what a file means. The name, form and rule of header_crc32 stay: they tell
-# a damaged header from a newer one.
-FORMAT: Final = 2
+# That of the newest option or stream; a row of the tables raises it. The name, form and rule of header_crc32
+# stay: they tell a damaged header from a newer one.
+FORMAT: Final = max(row.format for row in (*OPTIONS, *STREAMS))
 _MAX_HEADER: Final = 100_000_000  # bytes; the safetensors library reads no more
 # What a header may have at most: parsed, a hostile one takes 25 times as much memory.
 _HEADER_ROOM: Final = 1 << 16
