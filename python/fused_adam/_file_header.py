@@ -22,7 +22,7 @@ from fused_adam._tables import OPTIONS, STREAMS, unknown_features
 
 # That of the newest option or stream; a row of the tables raises it. The name, form and rule of header_crc32
 # stay: they tell a damaged header from a newer one.
-FORMAT: Final = max(row.format for row in (*OPTIONS, *STREAMS))
+FORMAT: Final = max(*(option.format for option in OPTIONS), *(stream.format for stream in STREAMS))
 _MAX_HEADER: Final = 100_000_000  # bytes; the safetensors library reads no more
 # What a header may have at most: parsed, a hostile one takes 25 times as much memory.
 _HEADER_ROOM: Final = 1 << 16
