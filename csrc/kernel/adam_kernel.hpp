@@ -23,8 +23,8 @@ inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
 }
 
 template <class F, bool l2, bool amsgrad, bool lerp_from_grad>
-void update(const Streams& streams, int64_t count,
-            const Coefficients<typename F::Scalar>& narrowed) {
+void adam_update(const Streams& streams, int64_t count,
+                 const Coefficients<typename F::Scalar>& narrowed) {
   using T = typename F::Scalar;
   T* const param = stream<T>(streams, kParam);
   const T* const grad = stream<const T>(streams, kGrad);
@@ -76,8 +76,8 @@ void update(const Streams& streams, int64_t count,
 template <class F, bool l2, bool amsgrad>
 void adam_stage(const Streams& streams, int64_t count, const CoefficientSet& all) {
   const auto& narrowed = of_type(all, typename F::Scalar());
-  const auto stage =
-      narrowed.lerp_from_grad ? update<F, l2, amsgrad, true> : update<F, l2, amsgrad, false>;
+  const auto stage = narrowed.lerp_from_grad ? adam_update<F, l2, amsgrad, true>
+                                             : adam_update<F, l2, amsgrad, false>;
   stage(streams, count, narrowed.k);
 }
 
