@@ -13,7 +13,7 @@ import pytest
 
 from fused_adam import _config, _core, _tables
 
-DTYPES = (np.float32, np.float64)
+DTYPES = (np.float32, np.float64)  # that are stored; reference.py says what they are computed in
 LINE = 64  # bytes of a cache line, and of the widest vector
 
 # --- options ---------------------------------------------------------------------------------------

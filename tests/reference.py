@@ -14,6 +14,10 @@ import numpy as np
 _DECIMAL = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
 
 
+# What elements of each stored type are computed in.
+COMPUTED_IN = {np.dtype(stored): np.dtype(stored) for stored in (np.float32, np.float64)}
+
+
 class Coefficients(NamedTuple):
     """What one step needs of the options, each computed in float64 and narrowed once."""
 
@@ -51,7 +55,7 @@ def adam(
     (without ema_decay: the old one).
     """
     k = coefficients(
-        param.dtype,
+        COMPUTED_IN[param.dtype],
         step=step,
         lr=lr,
         betas=betas,
