@@ -1,6 +1,7 @@
-// Two simple loops with the reads and writes of an Adam step, four streams in and three out. limit: one bitwise operation
-// for each result, in place of arithmetic; what memory allows. divider_*: one root, one division and one difference; what
-// the divider allows. Compiled by peers.py for the ISA at hand, measured like a peer.
+// Two simple loops with the reads and writes of an Adam step, four streams in and three out. limit:
+// one bitwise operation for each result, in place of arithmetic; what memory allows. divider_*: one
+// root, one division and one difference; what the divider allows. Compiled by peers.py for the ISA
+// at hand, measured like a peer.
 #include <stdint.h>
 
 #include <algorithm>
