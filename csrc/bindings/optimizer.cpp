@@ -32,9 +32,10 @@ const StreamInfo& own_stream(const std::string& name) {
 namespace {
 
 // Makes the streams that these slots do not have: wanted(i) says which slot i needs, a bit for
-// each. All of them or none.
+// each. All of them or none. The lock is held only while nothing can run code of Python, which
+// might want it too: making an array may collect garbage.
 template <class Wanted>
-void give_missing(std::vector<Slot>& slots, Wanted wanted) {
+void give_missing(std::vector<Slot>& slots, std::mutex& mutex, Wanted wanted) {
   std::vector<std::pair<Slot*, Stream>> places;
   std::vector<NewArray> arrays;
   for (size_t i = 0; i < slots.size(); ++i) {
@@ -47,6 +48,7 @@ void give_missing(std::vector<Slot>& slots, Wanted wanted) {
   }
   if (arrays.empty()) return;
   std::vector<py::object> made = new_arrays(arrays);
+  const std::lock_guard<std::mutex> lock(mutex);
   for (size_t i = 0; i < made.size(); ++i)
     places[i].first->set(places[i].second, std::move(made[i]));
 }
@@ -160,16 +162,18 @@ void Optimizer::add_group(const py::object& param_groups, const py::dict& option
   memory_is_indexed_ = false;
   WrittenMemory memory;
   list_memory(memory, added, group);
-  give_missing(added, [wanted = wanted_streams(hyper)](size_t) { return wanted; });
+  give_missing(added, slots_mutex_, [wanted = wanted_streams(hyper)](size_t) { return wanted; });
   list_memory(memory, added, group);
 
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  slots_.reserve(first + count);
-  groups_.reserve(index + 1);
-  // A dict with texts for keys and a list: nothing of this runs code of Python.
+  {
+    const std::lock_guard<std::mutex> lock(slots_mutex_);
+    slots_.reserve(first + count);
+    groups_.reserve(index + 1);
+  }
   options[params_key_] = params;
   py::reinterpret_borrow<py::list>(param_groups).append(options);
-  // From here on nothing can fail.
+  // From here on nothing can fail, and no code of Python runs.
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
   std::move(added.begin(), added.end(), std::back_inserter(slots_));
   groups_.push_back(std::move(group));
   memory_ = std::move(memory);
@@ -251,8 +255,7 @@ void Optimizer::make_wanted_streams(py::handle param_groups) {
 template <class Wanted>
 void Optimizer::add_missing(Wanted wanted) {
   memory_is_indexed_ = false;
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  give_missing(slots_, wanted);
+  give_missing(slots_, slots_mutex_, wanted);
 }
 
 // --- The checks of a step ----------------------------------------------------------------------

@@ -201,9 +201,9 @@ class Adam:
             with self._core:
                 self._core.check_groups(self.param_groups)
                 structures, grouped = self._core.structures, self._core.grouped
-            trees = list(held.tree) if held.grouped else [held.tree]
-            for i in range(held.groups, len(structures)):
-                trees.append(structures[i].unflatten(self._core.new_grads(i)))
+                trees = list(held.tree) if held.grouped else [held.tree]
+                for i in range(held.groups, len(structures)):
+                    trees.append(structures[i].unflatten(self._core.new_grads(i)))
             held = self._grads = _Grads(trees if grouped else trees[0], grouped, len(structures))
         return held.tree
 
