@@ -394,14 +394,15 @@ import numpy as np
 from fused_adam import Adam
 
 def switches():
-    "How often each thread but this one has gone to sleep."
+    "How often each helper has gone to sleep."
     counts = {{}}
     for task in os.listdir("/proc/self/task"):
-        if int(task) != os.getpid():
+        if task not in others:
             with open(f"/proc/self/task/{{task}}/status") as status:
                 counts[task] = next(int(line.split()[1]) for line in status if line.startswith("voluntary"))
     return counts
 
+others = os.listdir("/proc/self/task")  # this thread, and one of a sanitizer
 params, grads = np.ones({size}, np.float32), np.ones({size}, np.float32)
 for _ in range(100):  # on a busy machine, steps keep to one thread for a while
     Adam(params, num_threads=9).step(grads)
