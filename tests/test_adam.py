@@ -613,6 +613,7 @@ def test_show_config() -> None:
         "isa": str,
         "isas_supported": list,
         "isas_compiled": list,
+        "threads": str,
         "num_threads": int,
         "cpus": int,
         "openmp": int,
