@@ -389,7 +389,7 @@ def test_step_uses_as_many_threads_as_it_may(
 
 
 WAKEUPS = """
-import os, time
+import os, threading, time
 import numpy as np
 from fused_adam import Adam
 
@@ -402,7 +402,10 @@ def switches():
                 counts[task] = next(int(line.split()[1]) for line in status if line.startswith("voluntary"))
     return counts
 
-others = os.listdir("/proc/self/task")  # this thread, and one of a sanitizer
+first = threading.Thread(target=int)  # a sanitizer starts a thread of its own with the first one
+first.start()
+first.join()
+others = os.listdir("/proc/self/task")
 params, grads = np.ones({size}, np.float32), np.ones({size}, np.float32)
 for _ in range(100):  # on a busy machine, steps keep to one thread for a while
     Adam(params, num_threads=9).step(grads)
