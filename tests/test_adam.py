@@ -721,17 +721,6 @@ def test_moments_begin_at_cache_lines_and_as_zeros(amsgrad: bool) -> None:
             assert moment.ctypes.data % 64 == 0 and not moment.any(), name
 
 
-@pytest.mark.parametrize("offset", [0, 1, 500])
-def test_streams_of_a_large_array_stand_apart_in_their_pages(offset: int) -> None:
-    """Else the CPU takes a load for one that has to wait for a store, 4 KiB apart."""
-    param = np.ones(200_000, np.float32)[offset:]
-    opt = Adam([np.ones(5), param], amsgrad=True)
-    streams = [param, opt.grads[1], *list(opt.state[1].values())[1:]]
-    places = sorted(array.ctypes.data % 4096 for array in streams)
-    distances = np.diff([*places, places[0] + 4096])
-    assert len(places) == 5 and min(distances) >= 256, distances
-
-
 def traced(function: Callable[[], Any]) -> tuple[int, int]:
     """Bytes that are left allocated by a function, and at its peak."""
     tracemalloc.start()

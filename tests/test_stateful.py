@@ -33,6 +33,7 @@ VALUES: dict[str, list[Any]] = {
     "weight_decay": [0.0, 0.1],
     "amsgrad": [False, True],
     "maximize": [False, True],
+    "ema_decay": [None, 0.0, 0.3, 0.999],
     "initial_lr": [None, 1.5],  # of others; it is kept
 }
 options = st.sampled_from(list(VALUES)).flatmap(
@@ -66,8 +67,11 @@ class One:
             return dropped
         return grads[0] if dropped[0] is None else dropped[0]
 
-    def step(self, seed: int, missing: int) -> None:
-        self.opt.step(self.grads(seed, missing))
+    def step(self, seed: int, missing: int, zero_grad: bool = False) -> None:
+        grads = self.grads(seed, missing)
+        self.opt.step(grads, zero_grad=zero_grad)
+        if zero_grad:
+            assert not any(grad is not None and grad.any() for _, grad in leaves(grads))
 
     def add(self, form: str, seed: int) -> None:
         tree = random_like(FORMS[form], seed)
@@ -79,6 +83,9 @@ class One:
 
     def copy_trees(self) -> None:
         self.trees = map_tree(lambda array: array.copy(order="K"), self.trees)
+
+    def keeps_ema(self) -> bool:
+        return any(group["ema_decay"] is not None for group in self.opt.param_groups)
 
     def arrays(self) -> list[np.ndarray]:
         return [array for _, array in leaves(self.trees)]
@@ -122,6 +129,19 @@ class Machine(RuleBasedStateMachine):
             groups[which % len(groups)][key] = value
 
     # --- What only one does ---
+
+    @rule(seed=seeds, missing=st.integers(0, 3))
+    def step_of_which_one_clears(self, seed: int, missing: int) -> None:
+        self.one.step(seed, missing, zero_grad=True)
+        self.twin.step(seed, missing)
+
+    @precondition(lambda self: self.one.keeps_ema())
+    @rule()
+    def read_averages(self) -> None:
+        """Which makes them, and lets none begin."""
+        assert len(list(leaves(self.one.opt.ema))) == len(self.one.opt.state)
+        with self.one.opt.ema_weights():
+            pass
 
     @rule()
     def state_dict(self) -> None:

@@ -49,12 +49,13 @@ std::vector<std::string> streams_of(const py::dict& options) {
 // and the body then.
 class EmaWeights {
  public:
-  explicit EmaWeights(py::object optimizer) : optimizer_(std::move(optimizer)) {}
-  void enter() { optimizer_.cast<Optimizer&>().exchange_averages(false); }
-  void exit() { optimizer_.cast<Optimizer&>().exchange_averages(true); }
+  EmaWeights(py::object optimizer, py::object param_groups)
+      : optimizer_(std::move(optimizer)), param_groups_(std::move(param_groups)) {}
+  void enter() { optimizer_.cast<Optimizer&>().use_averages(param_groups_); }
+  void exit() { optimizer_.cast<Optimizer&>().use_params(); }
 
  private:
-  py::object optimizer_;
+  py::object optimizer_, param_groups_;
 };
 
 void bind(py::module_& m) {
@@ -124,12 +125,12 @@ void bind(py::module_& m) {
       .def("reset_state", &Optimizer::reset_state, py::arg("index"), py::arg("step"),
            py::arg("present"))
       .def("new_grads", &Optimizer::new_grads, py::arg("group"))
-      .def("averages", &Optimizer::averages, py::arg("group"))
+      .def("averages", &Optimizer::averages, py::arg("param_groups"))
       .def("__enter__", &Optimizer::enter)
       .def("__exit__", [](Optimizer& self, const py::args&) { self.exit(); });
 
   py::class_<EmaWeights>(m, "EmaWeights")
-      .def(py::init<py::object>(), py::arg("optimizer"))
+      .def(py::init<py::object, py::object>(), py::arg("optimizer"), py::arg("param_groups"))
       .def("__enter__", &EmaWeights::enter)
       .def("__exit__", [](EmaWeights& self, const py::args&) { self.exit(); });
 }

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <exception>
 #include <iterator>
 #include <utility>
 
@@ -55,20 +56,22 @@ void give_missing(std::vector<Slot>& slots, std::mutex& mutex, Wanted wanted) {
 
 }  // namespace
 
-// Holds busy_ while it lives. Two steps at once on one optimizer would race; the second is refused.
+// Holds use_ while it lives. Two steps at once on one optimizer would race; the second is refused.
 class Optimizer::Exclusive {
  public:
-  explicit Exclusive(Optimizer& optimizer) : optimizer_(optimizer) { optimizer_.enter(); }
-  // Also while the averages are in the place of the parameters: to exchange them back.
-  Exclusive(Optimizer& optimizer, bool exchanged) : optimizer_(optimizer) {
-    exchanged ? optimizer_.take_use() : optimizer_.enter();
+  explicit Exclusive(Optimizer& optimizer, Use from = Use::kNone)
+      : optimizer_(optimizer), next_(from) {
+    optimizer_.take(from);
   }
-  ~Exclusive() { optimizer_.exit(); }
+  ~Exclusive() { optimizer_.use_.store(next_, std::memory_order_release); }
   Exclusive(const Exclusive&) = delete;
   Exclusive& operator=(const Exclusive&) = delete;
 
+  void leave_for(Use next) { next_ = next; }
+
  private:
   Optimizer& optimizer_;
+  Use next_;
 };
 
 // Exclusive use, and no reference to a gradient is kept afterwards, however the step ends.
@@ -85,6 +88,8 @@ class Optimizer::StepScope {
   StepScope(const StepScope&) = delete;
   StepScope& operator=(const StepScope&) = delete;
 
+  void leave_for(Use next) { exclusive_.leave_for(next); }
+
  private:
   Exclusive exclusive_;
   Optimizer& optimizer_;
@@ -93,22 +98,21 @@ class Optimizer::StepScope {
 Optimizer::Optimizer(const std::string& isa, const Threads& threads)
     : isa_(isa_by_name(isa)), threads_(threads), params_key_("params") {}
 
-void Optimizer::take_use() {
-  if (busy_.exchange(true, std::memory_order_acquire)) {
-    throw std::runtime_error(
-        "this optimizer is in use: by another thread, by a call that this one is part of, or by a "
-        "thread that was inside a step when this process was forked. Give each thread an optimizer "
-        "of its own, or guard this one with a lock.");
-  }
-}
-
-void Optimizer::enter() {
-  take_use();
-  if (exchanged_) {
-    exit();
-    throw std::runtime_error(
-        "the averages are in the place of the parameters: inside `with opt.ema_weights()` an "
-        "optimizer can do nothing else.");
+void Optimizer::take(Use from) {
+  Use found = from;
+  if (use_.compare_exchange_strong(found, Use::kCall, std::memory_order_acquire)) return;
+  switch (found) {
+    case Use::kCall:
+      throw std::runtime_error(
+          "this optimizer is in use: by another thread, by a call that this one is part of, or by "
+          "a thread that was inside a step when this process was forked. Give each thread an "
+          "optimizer of its own, or guard this one with a lock.");
+    case Use::kAverages:
+      throw std::runtime_error(
+          "the averages are in the place of the parameters: inside `with opt.ema_weights()` an "
+          "optimizer can do nothing else.");
+    case Use::kNone:
+      throw std::runtime_error("the averages are not in the place of the parameters.");
   }
 }
 
@@ -260,15 +264,19 @@ void Optimizer::add_missing(Wanted wanted) {
 
 // --- The checks of a step ----------------------------------------------------------------------
 
-void Optimizer::check_param(Slot& slot) {
+void Optimizer::check_layout(Slot& slot) {
   const Place name = place("", slot);
   const ArrayFacts param = array_facts(slot.param(), name);
   require_like(param, name, slot.layout(), nullptr);
-  require_writeable(slot.param(), name,
-                    "a step updates it in place. Use a.setflags(write=True), or leave it out: None "
-                    "as its grad.");
   if (param.data != slot.listed_data) memory_is_indexed_ = false;
   slot.streams.at[kParam] = param.data;
+}
+
+void Optimizer::check_param(Slot& slot) {
+  check_layout(slot);
+  require_writeable(slot.param(), place("", slot),
+                    "a step updates it in place. Use a.setflags(write=True), or leave it out: None "
+                    "as its grad.");
 }
 
 void Optimizer::check_grad(Slot& slot, py::handle array) {
@@ -477,20 +485,30 @@ py::list Optimizer::new_grads(size_t group) const {
   return grads;
 }
 
-py::list Optimizer::averages(size_t group) {
-  const Exclusive exclusive(*this);
-  const Group& of = groups_.at(group);
-  py::list views;
-  for (size_t i = of.first; i < of.first + of.count; ++i) {
-    Slot& slot = slots_[i];
-    if (slot.has(kEma) && !slot.has_values(kEma)) {
-      check_param(slot);
-      const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
-      memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
+py::list Optimizer::averages(py::handle param_groups) {
+  const StepScope scope(*this);
+  read_groups(param_groups);
+  require_averages();
+  add_missing([&](size_t i) { return wanted_streams(hypers_[slots_[i].group]); });
+  py::list all;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    py::list views;
+    for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
+      Slot& slot = slots_[i];
+      if (!hypers_[g].keeps_ema()) {
+        views.append(py::none());
+        continue;
+      }
+      if (!slot.has_values(kEma)) {
+        check_layout(slot);
+        const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
+        memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
+      }
+      views.append(fresh_view(slot.array(kEma)));
     }
-    views.append(slot.has(kEma) ? fresh_view(slot.array(kEma)) : py::none());
+    all.append(views);
   }
-  return views;
+  return all;
 }
 
 void Optimizer::reset_state(size_t index, int64_t step, const std::vector<std::string>& present) {
@@ -506,24 +524,64 @@ void Optimizer::reset_state(size_t index, int64_t step, const std::vector<std::s
   }
 }
 
-void Optimizer::exchange_averages(bool back) {
-  const Exclusive exclusive(*this, back);
-  bool any = false;
-  for (Slot& slot : slots_) {
-    any |= slot.has(kEma);
-    if (slot.has_values(kEma)) check_param(slot);
-  }
-  if (!any) {
+// --- Averages in the place of parameters -------------------------------------------------------
+
+namespace {
+
+void exchange(Slot& slot) {
+  char* const param = static_cast<char*>(slot.streams.at[kParam]);
+  char* const ema = static_cast<char*>(slot.streams.at[kEma]);
+  std::swap_ranges(param, param + bytes_of(kEma, slot.layout().dtype, slot.layout().size), ema);
+  slot.holds_average = !slot.holds_average;
+}
+
+}  // namespace
+
+void Optimizer::require_averages() const {
+  if (std::none_of(hypers_.begin(), hypers_.end(), [](auto& h) { return h.keeps_ema(); })) {
     throw py::value_error("there are no averages: Adam(..., ema_decay=0.999) keeps them.");
   }
+}
+
+void Optimizer::use_averages(py::handle param_groups) {
+  StepScope scope(*this);
+  read_groups(param_groups);
+  require_averages();
+  // Equal to its param until its first step.
+  const auto differs = [&](const Slot& slot) {
+    return hypers_[slot.group].keeps_ema() && slot.has_values(kEma);
+  };
+  for (Slot& slot : slots_) {
+    if (differs(slot)) check_param(slot);
+  }
+  if (!memory_is_indexed_) index_memory();
   const WithoutGil no_gil;
   for (Slot& slot : slots_) {
-    if (!slot.has_values(kEma)) continue;  // equal to its param until its first step
-    char* const param = static_cast<char*>(slot.streams.at[kParam]);
-    char* const ema = static_cast<char*>(slot.streams.at[kEma]);
-    std::swap_ranges(param, param + bytes_of(kEma, slot.layout().dtype, slot.layout().size), ema);
+    if (differs(slot)) exchange(slot);
   }
-  exchanged_ = !back;
+  scope.leave_for(Use::kAverages);
+}
+
+void Optimizer::use_params() {
+  Exclusive exclusive(*this, Use::kAverages);
+  std::exception_ptr problem;
+  for (Slot& slot : slots_) {
+    if (!slot.holds_average) continue;
+    try {
+      const void* const before = slot.streams.at[kParam];
+      check_layout(slot);
+      // It could be written when it was exchanged. Where it still is at its place, a flag that says
+      // otherwise since, to protect it, does not keep it from its own values.
+      if (slot.streams.at[kParam] != before) check_param(slot);
+    } catch (...) {
+      if (!problem) problem = std::current_exception();
+      continue;
+    }
+    const WithoutGil no_gil;
+    exchange(slot);
+  }
+  if (problem) std::rethrow_exception(problem);
+  exclusive.leave_for(Use::kNone);
 }
 
 }  // namespace fused_adam

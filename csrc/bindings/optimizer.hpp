@@ -72,16 +72,18 @@ class Optimizer {
   // Buffers for the gradients of a group.
   py::list new_grads(size_t group) const;
 
-  // The averages of a group's parameters, as views; None where there is none. One that has not
-  // begun is a copy of its param.
-  py::list averages(size_t group);
-  // Exchanges every parameter with its average, and back. In between, the optimizer can be used for
-  // nothing else. ValueError where there are no averages.
-  void exchange_averages(bool back);
+  // The averages of each group's parameters, as views; None in the place of those of a group that
+  // keeps none. One that has not begun is a copy of its param. ValueError where no group keeps any.
+  py::list averages(py::handle param_groups);
+  // Exchanges every parameter of these groups with its average. Until they are exchanged back, the
+  // optimizer can be used for nothing else.
+  void use_averages(py::handle param_groups);
+  // Where a param cannot be exchanged back, the others are, and the optimizer stays as it was.
+  void use_params();
 
   // Exclusive use, as a context manager: RuntimeError where another thread has it.
-  void enter();
-  void exit() { busy_.store(false, std::memory_order_release); }
+  void enter() { take(Use::kNone); }
+  void exit() { use_.store(Use::kNone, std::memory_order_release); }
 
  private:
   struct Group {
@@ -90,10 +92,15 @@ class Optimizer {
     std::string root, name;  // "params", "param_groups[0]"
     size_t first, count;     // its slots
   };
+  enum class Use {
+    kNone,
+    kCall,      // somebody has exclusive use
+    kAverages,  // they are in the place of their params
+  };
   class Exclusive;
   class StepScope;
 
-  void take_use();
+  void take(Use from);
   Place place(const char* role, const Slot& slot) const;
   static Place place_in(const Group& group, const char* role, size_t leaf);
   // Lists all that may be written, with slots of a group that is being added; ValueError where two
@@ -105,12 +112,14 @@ class Optimizer {
   // The checked dicts and their options into dicts_ and hypers_.
   void read_groups(py::handle param_groups);
   void flatten_grads(py::handle grads);
+  void check_layout(Slot& slot);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
   void check_grads_are_clearable(const char* reason);
   bool check_and_plan(bool zero_grad);
   template <class Wanted>
   void add_missing(Wanted wanted);  // wanted(i): the streams that slot i needs, a bit for each
+  void require_averages() const;
 
   const Isa& isa_;
   const Threads threads_;
@@ -122,8 +131,7 @@ class Optimizer {
   std::vector<Slot> slots_;
   std::vector<Group> groups_;
   std::atomic<bool> grouped_{false};
-  bool exchanged_ = false;  // are the averages in the place of their params?
-  WrittenMemory memory_;    // of all slots, if memory_is_indexed_ and no param has moved since
+  WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
   WrittenMemory cleared_;  // gradients that this step sets to zeros
   // Of the step that runs; kept between steps for their memory only.
@@ -131,7 +139,7 @@ class Optimizer {
   std::vector<py::object> grads_;
   std::vector<py::dict> dicts_;
   std::vector<HyperParameters> hypers_;
-  std::atomic<bool> busy_{false};
+  std::atomic<Use> use_{Use::kNone};
 };
 
 }  // namespace fused_adam

@@ -48,6 +48,7 @@ class Slot {
   int64_t step = 0;
   const void* listed_data = nullptr;  // of param, by the last add_to
   size_t grad_hint = 0;               // for WrittenMemory::owner_of_overlap
+  bool holds_average = false;         // param, whose values are in its average meanwhile
   size_t group, leaf;
 
  private:

@@ -273,33 +273,30 @@ class Adam:
 
         They begin as copies of the parameters as these are when the first step begins, so that weights that
         are loaded after construction count. A parameter that is left out of a step (None) keeps its
-        average as it is. None in the place of those whose group has no `ema_decay`.
+        average as it is, and so does a group whose `ema_decay` becomes None, until it is a number again.
+        None in the place of those whose group has no `ema_decay`.
 
         Raises
         ------
         ValueError
             No group has an `ema_decay`.
         """
-        with self._core:
-            self._core.check_groups(self.param_groups)
-        if all(group.get("ema_decay") is None for group in self.param_groups):
-            raise ValueError("there are no averages: Adam(..., ema_decay=0.999) keeps them.")
-        with self._core:
-            self._core.make_wanted_streams(self.param_groups)
-        structures = self._core.structures
-        trees = [structure.unflatten(self._core.averages(i)) for i, structure in enumerate(structures)]
+        averages = self._core.averages(self.param_groups)
+        trees = [s.unflatten(views) for s, views in zip(self._core.structures, averages, strict=False)]
         return trees if self._core.grouped else trees[0]
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Evaluate with the averages: ``with opt.ema_weights(): ...`` has them in the parameters' place.
 
         The parameters come back at the end of the block, after an exception too. Inside it the optimizer can
-        do nothing else.
+        do nothing else. Where a group has no `ema_decay`, its parameters stay.
 
         Raises
         ------
         ValueError
-            When the block is entered: there are no averages, or a parameter cannot be written.
+            When the block is entered: there are no averages, or a parameter cannot be written. When it ends:
+            a parameter was resized in it. All others come back; its values are in ``opt.state[i]["ema"]``,
+            and the optimizer does nothing else any more.
         RuntimeError
             Another thread is inside a step; a step, a checkpoint or another block inside this one.
 
@@ -315,7 +312,7 @@ class Adam:
         >>> print(w)
         [0.5]
         """
-        return _core.EmaWeights(self._core)
+        return _core.EmaWeights(self._core, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint in the layout of PyTorch, with copies of all arrays.
