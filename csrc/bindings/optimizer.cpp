@@ -28,10 +28,6 @@ const StreamInfo& own_stream(const std::string& name) {
   throw py::value_error("no optimizer has a stream " + name + ".");
 }
 
-}  // namespace
-
-namespace {
-
 // Makes the streams that these slots do not have: wanted(i) says which slot i needs, a bit for
 // each. All of them or none. The lock is held only while nothing can run code of Python, which
 // might want it too: making an array may collect garbage.
