@@ -749,6 +749,29 @@ def test_state_is_what_adam_needs(dtype: str, amsgrad: bool, expected: int) -> N
     assert 0 <= kept - sum(param.nbytes for param in params) <= overhead
 
 
+@pytest.mark.parametrize("size", [0, 1, 5000, 70_000])
+def test_memory_of_the_optimizer_is_within_its_block(size: int) -> None:
+    """The block says how much there is, to whoever looks at the base of a view."""
+    opt = Adam([np.ones(3), np.ones(size, np.float32)], amsgrad=True)
+    arrays = [array for entry in opt.state.values() for array in list(entry.values())[1:]]
+    for array in (*arrays, *opt.grads):
+        block, begin = array.base, array.ctypes.data
+        assert block.ctypes.data <= begin
+        assert begin + array.nbytes <= block.ctypes.data + block.nbytes
+
+
+def test_memory_of_the_optimizer_is_freed_with_it() -> None:
+    params = [np.ones(100_000, np.float32)]
+
+    def train_and_forget() -> None:
+        opt = Adam(params)
+        opt.step(opt.grads)
+
+    train_and_forget()
+    left, peak = traced(train_and_forget)
+    assert left <= 4096 and peak >= 3 * params[0].nbytes
+
+
 def test_moments_of_small_arrays_lie_close_together() -> None:
     opt = Adam([np.ones(3, np.float32) for _ in range(1000)])
     places = [entry[name].ctypes.data for entry in opt.state.values() for name in ("exp_avg", "exp_avg_sq")]

@@ -6,6 +6,7 @@ A writer that dies leaves the old file or the new one, whole. A reader refuses a
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam, CheckpointError, _replace
+from fused_adam import Adam, CheckpointError, _file, _file_header, _replace
 from snapshots import assert_same_state, random_like, train
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="processes, devices and limits of POSIX")
@@ -218,6 +219,62 @@ def test_temporary_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.listdir(tmp_path) == [taken.name] and taken.read_bytes() == b"of another"
 
 
+@posix
+@pytest.mark.parametrize("has_the_lock", [True, False])
+def test_temporary_file_that_another_takes_for_a_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_the_lock: bool
+) -> None:
+    """Between its creation and its lock another process may remove it, or be about to: a new one is made."""
+    lock = _replace._lock
+    locked: list[str] = []
+
+    def lose_the_first(file: Any) -> bool | None:
+        locked.append(os.fsdecode(file.name))
+        if len(locked) > 1:
+            return lock(file)
+        if has_the_lock:
+            return False
+        os.unlink(file.name)
+        return lock(file)
+
+    monkeypatch.setattr(_replace, "_lock", lose_the_first)
+    small().save(tmp_path / "a")
+    assert len(set(locked)) == len(locked) == 2
+    assert os.listdir(tmp_path) == ["a"]
+    assert_same_state(Adam.load(tmp_path / "a", like_small()), small())
+
+
+@posix
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is saved all the same; leftovers stay, as nobody knows whose they are."""
+    import fcntl
+
+    calls = []
+
+    def flock(*_: Any) -> None:
+        calls.append(0)
+        assert len(calls) < 10, "it tries again and again"
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    leftover = tmp_path / f".a.{1:016x}.tmp"
+    leftover.touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    small().save(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path)) == [leftover.name, "a"]
+
+
+def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be written all the same."""
+
+    def listdir(_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", listdir)
+        small().save(tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"]
+
+
 # Raises at any moment of a save, again while it ends, and looks whether the file is whole.
 INTERRUPTED = """
     import signal, sys
@@ -391,6 +448,45 @@ def test_cut_off_anywhere(saved: Path) -> None:
     for length in sorted(lengths, reverse=True):
         os.truncate(saved, length)
         check_refused(saved, "cut off" if length >= 8 else "empty|no checkpoint")
+
+
+@posix
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_cut_off_while_it_is_read(tmp_path: Path, order: Any) -> None:
+    path = tmp_path / "a"
+    params = np.ones((2, 1_000_000), np.float32, order=order)
+    Adam(params).save(path)
+
+    def cut_off(done: int, total: int) -> None:
+        os.truncate(path, path.stat().st_size - 1)
+
+    with pytest.raises(CheckpointError, match="it was cut off while it was read"):
+        Adam.load(path, params, progress=cut_off)
+
+
+def test_header_cut_off_while_it_is_read(saved: Path) -> None:
+    class Shorter(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            return super().read(min(size, 8))
+
+    with (
+        Shorter(saved) as file,
+        pytest.raises(_file_header.Refusal, match="it was cut off while it was read"),
+    ):
+        _file_header.read_header(file, _file_header.header_room(2))
+
+
+def test_disk_that_cannot_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system does not say which file it was; we do."""
+
+    class Broken(io.FileIO):
+        def readinto(self, _: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(_file, "open", lambda path, *_, **__: Broken(path), raising=False)
+    with pytest.raises(OSError, match=re.escape(str(saved))) as caught:
+        Adam.load(saved, like_small())
+    assert caught.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize("bit", range(8))

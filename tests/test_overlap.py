@@ -158,16 +158,53 @@ def test_param_that_moved_is_followed() -> None:
         assert_same_bits(params, expected)
 
 
+def add_same_array(opt: Adam, _: Any) -> None:
+    with pytest.raises(ValueError, match="is the same array"):
+        opt.add_param_group({"params": opt.param_groups[0]["params"]})
+
+
+def use_buffers(opt: Adam, grads: Any) -> None:
+    opt.grads = grads
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("before", [None, add_same_array], ids=["", "after a failed add_param_group"])
+@pytest.mark.parametrize("call", [Adam.step, use_buffers], ids=["step", "zero_grad"])
 @pytest.mark.parametrize(("with_grad", "moved"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_refuses_grad_in_new_memory_of_param(with_grad: int, moved: int) -> None:
+def test_refuses_grad_in_new_memory_of_param(with_grad: int, moved: int, call: Any, before: Any) -> None:
     params = random_like([np.empty(64), np.empty(64)], 1)
     opt = Adam(params)
     opt.step(random_like(params, 2))
     move(params[moved])
+    if before is not None:
+        before(opt, params)
     grads = random_like(params, 3)
     grads[with_grad] = params[moved][...]
     message = rf"^grad for params\[{with_grad}\] shares memory with params\[{moved}\]"
     with refused(ValueError, message, opt, grads):
+        call(opt, grads)
+
+
+def switch_amsgrad_on(opt: Adam) -> None:
+    opt.param_groups[0]["amsgrad"] = True
+    opt.step([np.ones(3), np.ones(4)])
+
+
+def load_amsgrad(opt: Adam) -> None:
+    opt.load_state_dict(Adam([np.ones(3), np.ones(4)], amsgrad=True).state_dict())
+
+
+@pytest.mark.parametrize("begin", [switch_amsgrad_on, load_amsgrad, Adam.state_dict])
+def test_refuses_grad_in_memory_that_was_made_later(begin: Callable[[Adam], Any]) -> None:
+    params = [np.ones(3), np.ones(4)]
+    opt = Adam(params)
+    opt.step([np.ones(3), np.ones(4)])
+    opt.param_groups[0]["amsgrad"] = begin is Adam.state_dict
+    begin(opt)
+    grads = [np.ones(3), opt.state[1]["max_exp_avg_sq"]]
+    with refused(
+        ValueError, r"^grad for params\[1\] shares memory with the state of params\[1\]", opt, grads
+    ):
         opt.step(grads)
 
 
