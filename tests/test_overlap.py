@@ -206,27 +206,3 @@ def test_refuses_grad_in_memory_that_was_made_later(begin: Callable[[Adam], Any]
         ValueError, r"^grad for params\[1\] shares memory with the state of params\[1\]", opt, grads
     ):
         opt.step(grads)
-
-
-def test_zero_grad_refuses_new_memory_of_param() -> None:
-    """Else it would set the parameter to zeros."""
-    params = random_like([np.empty(64), np.empty(64)], 1)
-    opt = Adam(params)
-    opt.step(random_like(params, 2))
-    move(params[0])
-    opt.grads = [np.ones(64), params[0][...]]
-    with refused(ValueError, r"^grad for params\[1\] shares memory with params\[0\]", opt, params):
-        opt.zero_grad()
-
-
-def test_a_group_that_is_refused_leaves_no_old_addresses() -> None:
-    """It looks at where all parameters are; the next step must not take that for what it knows."""
-    params = random_like([np.empty(64), np.empty(64)], 1)
-    opt = Adam(params)
-    opt.step(random_like(params, 2))
-    move(params[0])
-    with pytest.raises(ValueError, match="is the same array as"):
-        opt.add_param_group({"params": [np.ones(3), params[1]]})
-    grads = [np.ones(64), params[0][...]]
-    with refused(ValueError, r"^grad for params\[1\] shares memory with params\[0\]", opt, grads):
-        opt.step(grads)
