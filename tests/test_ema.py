@@ -62,6 +62,7 @@ def test_equals_the_reference_over_many_steps(decay: float, dtype: Any) -> None:
         assert_same_array(opt.ema, expected[-1], f"ema after step {step}")
 
 
+@pytest.mark.slow
 @each_dtype
 @each_decay
 def test_equals_torch(decay: float, dtype: Any) -> None:
@@ -794,6 +795,7 @@ def test_what_a_reader_must_know() -> None:
         opt.load_state_dict(saved)
 
 
+@pytest.mark.slow
 def test_with_torch_both_ways() -> None:
     """What torch does not know does not disturb it; what it does not have begins anew."""
     torch = pytest.importorskip("torch")
