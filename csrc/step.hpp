@@ -42,7 +42,8 @@ class StepPlan {
   };
   // What is done to each piece of an array, in this order.
   struct Stages {
-    static constexpr int kMost = 4;
+    // A stage has at least a pointer for each element type, and stands in a step at most once.
+    static constexpr int kMost = sizeof(StageTable) / sizeof(Stage[kDTypes]);
     Stage at[kMost];
     int count = 0;
 

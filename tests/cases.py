@@ -20,6 +20,12 @@ LINE = 64  # bytes of a cache line, and of the widest vector
 
 OPTION_TABLE, STREAMS = _tables.OPTIONS, _tables.STREAMS
 DEFAULTS = dict(_tables.DEFAULTS)
+# The options that ask for a stream, so that a step with these has all of them.
+EVERYTHING: dict[str, Any] = {
+    option.name: {"flag": True, "fraction or None": 0.9}[option.kind]
+    for option in OPTION_TABLE
+    if any(stream.option == option.name for stream in STREAMS)
+}
 _DECAYS = {
     "plain": {},
     "l2": {"weight_decay": 0.03},

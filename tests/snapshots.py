@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cases import Arrays
+from cases import EVERYTHING, Arrays
 from fused_adam import Adam, adam_step
 
 
@@ -221,4 +221,4 @@ def adam_step_arrays() -> dict[str, np.ndarray]:
 
 def adam_step_refused(arrays: dict[str, Any], error: type[Exception], message: str, **options: Any) -> None:
     with refused(error, message, None, arrays):
-        adam_step(**arrays, **{"step": 3, "amsgrad": True, "ema_decay": 0.9, **options})
+        adam_step(**arrays, **{"step": 3, **EVERYTHING, **options})

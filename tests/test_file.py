@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from fused_adam import Adam, AdamW, CheckpointError
+from fused_adam._file_header import FORMAT
 from snapshots import Snapshot, assert_same_bits, assert_same_state, map_tree, random_like, refused, train
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="file modes, links and locks of POSIX")
@@ -316,7 +317,7 @@ def test_safetensors_reads_it(tmp_path: pathlib.Path, kind: str) -> None:
     assert found.keys() == expected.keys()
     for key in found:
         assert_same_bits(found[key], expected[key])
-    assert metadata["fused_adam_format"] == "2"
+    assert metadata["fused_adam_format"] == str(FORMAT)
     groups = json.loads(metadata["param_groups"])
     assert [group["lr"] for group in groups] == [group["lr"] for group in opt.param_groups]
     if kind == "groups":

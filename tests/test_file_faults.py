@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from fused_adam import Adam, CheckpointError, _file, _file_header, _replace
+from fused_adam._file_header import FORMAT
 from snapshots import assert_same_state, random_like, train
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="processes, devices and limits of POSIX")
@@ -628,7 +629,11 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((META, "crc32", W), ..., TABLE),
     ((META, "crc32", W), "00000000", "exp_avg of parameter 'w' has another checksum"),
     ((META, "crc32", W), "f" * 10**4, "exp_avg of parameter 'w' has another checksum"),
-    ((META, "fused_adam_format"), "3", "it has format 3, of fused-adam .*Upgrade fused-adam"),
+    (
+        (META, "fused_adam_format"),
+        str(FORMAT + 1),
+        f"it has format {FORMAT + 1}, of fused-adam .*Upgrade fused-adam",
+    ),
     ((META, "fused_adam_format"), "999999999", "it has format 999999999, .*Upgrade fused-adam"),
     *(
         ((META, "fused_adam_format"), bad, NOT_OURS)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fused_adam import Adam, AdamW
+from fused_adam._tables import LATER
 from snapshots import Snapshot, assert_same_bits, assert_same_state, map_tree, random_like, refused, train
 
 torch = pytest.importorskip("torch")
@@ -254,7 +255,7 @@ def test_loading_copies_tensors() -> None:
 @classes
 def test_defaults_and_names_are_those_of_torch(ours: Any, theirs: Any) -> None:
     parameters = inspect.signature(theirs).parameters
-    not_torchs = {"num_threads", "ema_decay"}
+    not_torchs = {"num_threads", *LATER}
     for name, parameter in inspect.signature(ours).parameters.items():
         if name not in not_torchs:
             assert parameter.default == parameters[name].default, name

@@ -12,6 +12,8 @@ namespace {
 // decoupled decay) is a coefficient, and one that only adds to a step is a stage of its own.
 template <class F32, class F64>
 constexpr StageTable stage_table() {
+  // A type that is not in the lists would have null pointers, and a step crash.
+  static_assert(kDTypes == 2, "each stage needs a variant for each element type");
   return {
       //  l2     amsgrad
       {{{adam_stage<F32, false, false>, adam_stage<F32, false, true>},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cases import EVERYTHING
 from fused_adam import Adam, AdamW, adam_step
 from snapshots import adam_step_arrays, assign, owner_of, random_like, train
 
@@ -35,7 +36,7 @@ class World:
         # Arguments of the other calls.
         self.arrays: dict[str, Any] = adam_step_arrays()
         self.call_options: dict[str, Any] = {}  # of step()
-        self.step_options: dict[str, Any] = {"step": 3, "amsgrad": True, "ema_decay": 0.9}
+        self.step_options: dict[str, Any] = {"step": 3, **EVERYTHING}
         self.new_params: Any = random_like({"w": np.empty((3, 4)), "v": [np.empty(5, np.float32)]}, 5)
         self.new_options: dict[str, Any] = {}
         self.state_dict = self.opt.state_dict()
