@@ -827,7 +827,14 @@ def test_no_reference_to_a_grad_is_kept(call: str, fails: bool) -> None:
     grads = opt.grads if call == "zero_grad" else random_like(params, 1)
     if fails:
         grads["b"][1] = np.ones(6)
-    objects = [grads, grads["w"], grads["b"], *grads["b"], *(array for _, array in leaves(params))]
+    objects = [
+        grads,
+        grads["w"],
+        grads["b"],
+        *grads["b"],
+        *(array for _, array in leaves(params)),
+        *opt.param_groups,
+    ]
     before = [sys.getrefcount(obj) for obj in objects]
     for _ in range(3):
         if fails:

@@ -19,6 +19,7 @@ from snapshots import (
     assert_same_bits,
     random_like,
     refused,
+    use_buffers,
 )
 
 OVERLAPPING_GRADS: dict[str, tuple[Callable[[Scene], Any], str]] = {
@@ -161,11 +162,6 @@ def test_param_that_moved_is_followed() -> None:
 def add_same_array(opt: Adam, _: Any) -> None:
     with pytest.raises(ValueError, match="is the same array"):
         opt.add_param_group({"params": opt.param_groups[0]["params"]})
-
-
-def use_buffers(opt: Adam, grads: Any) -> None:
-    opt.grads = grads
-    opt.zero_grad()
 
 
 @pytest.mark.parametrize("before", [None, add_same_array], ids=["", "after a failed add_param_group"])

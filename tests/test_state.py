@@ -283,6 +283,19 @@ def test_options_of_others_are_kept_and_torch_flags_dropped() -> None:
     assert not {"fused", "foreach", "param_names"} & set(other.param_groups[1])
 
 
+def test_options_of_others_keep_their_type() -> None:
+    """Only in lists and tuples tensors are looked for; no other sequence may be made of its items."""
+    opt = small()
+    values = [Layer(1, 2), range(3), [Layer(3, 4)], (5, [6])]
+    opt.param_groups[0].update(tags=values, tag=values[0], span=values[1])
+    saved = opt.state_dict()
+    group = saved["param_groups"][0]
+    assert group["tags"] == values and type(group["tag"]) is Layer and group["span"] == range(3)
+    twin = small()
+    twin.load_state_dict(saved)
+    assert twin.param_groups[0]["tags"] == values and type(twin.param_groups[0]["tag"]) is Layer
+
+
 def test_options_that_a_checkpoint_lacks_are_the_default() -> None:
     """Checkpoints of older versions know fewer, and went on without. What is no option stays."""
     opt, saved = small(eps=0.5, maximize=True, ema_decay=0.9), small().state_dict()
@@ -376,6 +389,14 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "names-order": (group(param_names=["b", "w"]), ValueError, f"{GROUP}: its parameter 0 is named 'b'"),
     "names-fewer": (group(param_names=["w"]), ValueError, f"{GROUP} has 1 names for 2 parameters"),
     "names-number": (group(param_names=5), TypeError, f"{GROUP}['param_names'] must be a list"),
+    "names-lists": (
+        group(param_names=[["w"], ["w"]]),
+        ValueError,
+        f"{GROUP}: its parameter 0 is named ['w']",
+    ),
+    "requires-number": (put(5, "requires"), TypeError, "state_dict['requires'] must be a list"),
+    "requires-str": (put("ema", "requires"), TypeError, "state_dict['requires'] must be a list"),
+    "requires-more": (put(["ema", "soap"], "requires"), ValueError, "state_dict needs ['soap'], which "),
     "entry-list": (put([1], "state", 2), TypeError, f"{ENTRY} must be a dict"),
     "entry-None": (put(None, "state", 2), TypeError, f"{ENTRY} must be a dict"),
     "entry-array": (put(np.ones(4), "state", 2), TypeError, f"{ENTRY} must be a dict"),
