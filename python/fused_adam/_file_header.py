@@ -111,7 +111,15 @@ def table_of(tensors: Tensors) -> str:
 
 def param_kinds(params: Iterable[npt.NDArray[Any]]) -> list[list[Any]]:
     """Dtype and shape of each parameter."""
-    return [[str(param.dtype), list(param.shape)] for param in params]
+    names: dict[Any, str] = {}  # str() of a dtype takes longer than all else
+    kinds = []
+    for param in params:
+        dtype = param.dtype
+        name = names.get(dtype)
+        if name is None:
+            name = names[dtype] = str(dtype)
+        kinds.append([name, list(param.shape)])
+    return kinds
 
 
 def checksums_in(crc32: str) -> dict[str, int]:
