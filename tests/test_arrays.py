@@ -581,3 +581,23 @@ def test_memory_of_the_optimizer_cannot_be_resized(name: str, size: int) -> None
             with pytest.raises(ValueError, match=r"cannot resize this array|cannot reshape|does not own"):
                 array.resize(7, refcheck=False)
             array = array.base
+
+
+@pytest.mark.parametrize("size", [1_000_000, 5], ids=["grown", "shrunk"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda a: np.asarray(np.asmatrix(a)[:, :10]).reshape(10), lambda a: np.frombuffer(memoryview(a))[:10]],
+    ids=["through a matrix", "through a memoryview"],
+)
+def test_refuses_views_of_views_whose_owner_was_resized(view: Callable[..., np.ndarray], size: int) -> None:
+    """NumPy shortens a chain of views only as far as their type is the same."""
+    owner = np.ones(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # of np.matrix
+        param = view(owner)
+    opt = Adam(param)
+    opt.step(np.ones(10))
+    owner.resize(size, refcheck=False)
+    with pytest.raises(ValueError, match=r"^params is a view of an array that was resized"):
+        opt.step(np.ones(10))
+    assert opt.state[0]["step"] == 1

@@ -202,3 +202,14 @@ def test_refuses_grad_in_memory_that_was_made_later(begin: Callable[[Adam], Any]
         ValueError, r"^grad for params\[1\] shares memory with the state of params\[1\]", opt, grads
     ):
         opt.step(grads)
+
+
+def test_a_step_that_clears_refuses_new_memory_of_a_param_that_is_left_out() -> None:
+    """Else it would set the parameter to zeros."""
+    params = random_like([np.empty(64), np.empty(64)], 1)
+    opt = Adam(params)
+    opt.step(random_like(params, 2))
+    move(params[1])
+    grads = [params[1][...], None]
+    with refused(ValueError, r"^grad for params\[0\] shares memory with params\[1\]", opt, params):
+        opt.step(grads, zero_grad=True)

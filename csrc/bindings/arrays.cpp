@@ -80,36 +80,41 @@ void require_plain_subclass(py::handle object, const Place& place) {
   throw py::type_error(message);
 }
 
-// Does the chain of bases end in a memory map? np.memmap and SharedMemory do.
-bool is_mapped(py::handle base, const npy_api& numpy) {
+// What the memory of a view belongs to: the array that owns it, a memory map, or whatever else
+// there is. NumPy shortens chains of views only as far as their type is the same.
+py::handle owner_of(py::handle base, const npy_api& numpy) {
   while (base) {
     if (numpy.PyArray_Check_(base.ptr())) {
-      base = py::detail::array_proxy(base.ptr())->base;
+      const PyArray_Proxy* array = py::detail::array_proxy(base.ptr());
+      if ((array->flags & npy_api::NPY_ARRAY_OWNDATA_) != 0) break;
+      base = array->base;
     } else if (PyMemoryView_Check(base.ptr())) {
       base = PyMemoryView_GET_BUFFER(base.ptr())->obj;
     } else {
-      auto* mmap = reinterpret_cast<PyTypeObject*>(mmap_type.get_stored().ptr());
-      return PyObject_TypeCheck(base.ptr(), mmap) != 0;
+      break;
     }
   }
-  return false;
+  return base;
 }
 
-// A view whose base was resized points to memory that is gone, or ends too early: NumPy does not
-// know its views. Only an array that owns its memory can be resized, and it is the base itself,
-// since NumPy shortens chains of views.
-bool is_within_base(py::handle base, const ArrayFacts& facts, const npy_api& numpy) {
-  if (!numpy.PyArray_Check_(base.ptr())) return true;
-  const PyArray_Proxy* owner = py::detail::array_proxy(base.ptr());
-  if ((owner->flags & npy_api::NPY_ARRAY_OWNDATA_) == 0) return true;
+// np.memmap and SharedMemory are views of one.
+bool is_memory_map(py::handle owner) {
+  auto* mmap = reinterpret_cast<PyTypeObject*>(mmap_type.get_stored().ptr());
+  return PyObject_TypeCheck(owner.ptr(), mmap) != 0;
+}
+
+// A view whose owner was resized points to memory that is gone, or ends too early: NumPy does not
+// know its views. Only an array that owns its memory can be resized.
+bool is_within_owner(py::handle owning, const ArrayFacts& facts, const npy_api& numpy) {
+  const PyArray_Proxy* owner = py::detail::array_proxy(owning.ptr());
   int64_t bytes = numpy.PyArray_RUNTIME_VERSION_ < 0x12
                       ? py::detail::array_descriptor1_proxy(owner->descr)->elsize
                       : py::detail::array_descriptor2_proxy(owner->descr)->elsize;
   for (int i = 0; i < owner->nd; ++i) bytes *= owner->dimensions[i];
   const auto begin = reinterpret_cast<uintptr_t>(facts.data);
-  const auto base_begin = reinterpret_cast<uintptr_t>(owner->data);
-  return base_begin <= begin && begin + static_cast<uintptr_t>(facts.bytes()) <=
-                                    base_begin + static_cast<uintptr_t>(bytes);
+  const auto owner_begin = reinterpret_cast<uintptr_t>(owner->data);
+  return owner_begin <= begin && begin + static_cast<uintptr_t>(facts.bytes()) <=
+                                     owner_begin + static_cast<uintptr_t>(bytes);
 }
 
 // A loop, as most arrays have one or two dimensions: calling memcmp took a tenth of the time that a
@@ -185,8 +190,11 @@ ArrayFacts array_facts(py::handle object, const Place& place) {
   }
   facts.mapped = false;
   if (array->base == nullptr) return facts;
-  facts.mapped = is_mapped(array->base, numpy);
-  if (!is_within_base(array->base, facts, numpy)) {
+  const py::handle owner = owner_of(array->base, numpy);
+  if (!owner) return facts;
+  if (!numpy.PyArray_Check_(owner.ptr())) {
+    facts.mapped = is_memory_map(owner);
+  } else if (!is_within_owner(owner, facts, numpy)) {
     throw py::value_error(
         place.str() +
         " is a view of an array that was resized, and of memory that may be gone: "

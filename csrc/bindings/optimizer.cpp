@@ -275,6 +275,13 @@ void Optimizer::check_param(Slot& slot) {
                     "as its grad.");
 }
 
+void Optimizer::notice_moved_params() {
+  for (const Slot& slot : slots_) {
+    const void* data = py::detail::array_proxy(slot.param().ptr())->data;
+    memory_is_indexed_ &= data == slot.listed_data;
+  }
+}
+
 void Optimizer::check_grad(Slot& slot, py::handle array) {
   const Place name = place("grad for ", slot), param_name = place("", slot);
   const ArrayFacts grad = array_facts(array, name);
@@ -338,6 +345,8 @@ void Optimizer::flatten_grads(py::handle grads) {
 bool Optimizer::check_and_plan(bool zero_grad) {
   plan_.begin(zero_grad);
   memory_.look_again();
+  // A grad that is written must not be the new memory of a param that is left out of this step.
+  if (zero_grad) notice_moved_params();
   unsigned missing = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
@@ -400,10 +409,7 @@ void Optimizer::zero(py::handle grads) {
   const StepScope scope(*this);
   flatten_grads(grads);
   memory_.look_again();
-  for (const Slot& slot : slots_) {
-    const void* data = py::detail::array_proxy(slot.param().ptr())->data;
-    memory_is_indexed_ &= data == slot.listed_data;
-  }
+  notice_moved_params();
   if (!memory_is_indexed_) index_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;

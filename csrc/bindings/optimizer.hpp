@@ -115,6 +115,7 @@ class Optimizer {
   void check_layout(Slot& slot);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
+  void notice_moved_params();
   void check_grads_are_clearable(const char* reason);
   bool check_and_plan(bool zero_grad);
   template <class Wanted>
