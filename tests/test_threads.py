@@ -482,3 +482,28 @@ def test_helpers_do_not_take_the_signals_of_the_program() -> None:
     # NumPy's BLAS has threads too, with all signals open.
     done = run_python(SIGNAL.format(size=PARALLEL), OPENBLAS_NUM_THREADS="1")
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+BLOCKED = """
+import os, signal
+import numpy as np
+from fused_adam import Adam
+others = os.listdir("/proc/self/task")
+params = np.ones({size}, np.float32)
+while not (helpers := set(os.listdir("/proc/self/task")).difference(others)):
+    Adam(params, num_threads=2).step(params.copy())
+with open(f"/proc/self/task/{{helpers.pop()}}/status") as status:
+    mask = next(int(line.split()[1], 16) for line in status if line.startswith("SigBlk"))
+print(*(mask >> (number - 1) & 1 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)))
+faults = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+print(*(mask >> (number - 1) & 1 for number in faults))
+"""
+
+
+@needs_tasks
+@pytest.mark.skipif(show_config()["threads"] != "team", reason="OpenMP is the back end of this run")
+def test_a_fault_in_a_helper_is_told() -> None:
+    """Blocked, the signal of a fault ends the process before faulthandler can say anything."""
+    done = run_python(BLOCKED.format(size=PARALLEL), OPENBLAS_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1 1 1", "0 0 0 0"]

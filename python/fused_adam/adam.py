@@ -395,7 +395,9 @@ class Adam:
 
         Notes
         -----
-        It needs memory for one MiB, and the time to write 8 bytes for each float32 parameter.
+        It needs memory for some MiB, and the time to write what :attr:`state` holds: 8 bytes for each float32
+        parameter, 4 more with amsgrad and with an average. Do not write to the views of :attr:`state`
+        meanwhile: what is written and what is hashed would differ, and the file would not load.
 
         Examples
         --------
