@@ -514,6 +514,11 @@ def test_keys_of_any_text(key: str) -> None:
     assert copy.deepcopy(opt).state[f"{key}.0"]["step"] == 1
 
 
+@pytest.mark.parametrize("key", ["\ud83dabc", "\ud83d\ud83d", "\ud83d.\ude00", "\ude00\ud83d"], ids=ascii)
+def test_halves_of_a_character_that_are_no_pair_are_names(key: str) -> None:
+    assert list(_core.Structure({key: 0, "x": 0}).names) == [key, "x"]
+
+
 def test_reprs_of_any_text() -> None:
     class Odd:
         def __repr__(self) -> str:

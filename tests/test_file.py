@@ -714,6 +714,15 @@ def test_groups_added_later_have_the_defaults_of_the_saved(tmp_path: pathlib.Pat
     assert twin.param_groups[1]["lr"] == 0.5 and twin.param_groups[1]["betas"] == (0.5, 0.75)
 
 
+def test_groups_added_to_a_subclass_are_as_it_fixes_them(tmp_path: pathlib.Path) -> None:
+    opt = small(weight_decay=0.5)
+    opt.save(tmp_path / "a")
+    twin = AdamW.load(tmp_path / "a", like_small())
+    twin.add_param_group({"params": [np.ones(3)]})
+    for options in (twin.defaults, *twin.param_groups):
+        assert options["decoupled_weight_decay"] is True and options["weight_decay"] == 0.5
+
+
 def test_defaults_that_no_optimizer_has_are_refused(tmp_path: pathlib.Path) -> None:
     """Here, where they can be mended, and not when the file is read."""
     opt = small()

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam, CheckpointError, _file, _file_header, _replace
+from fused_adam import Adam, AdamW, CheckpointError, _file, _file_header, _replace
 from fused_adam._file_header import FORMAT
 from snapshots import assert_same_state, random_like, train
 
@@ -625,7 +625,10 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
         "arrays that are not Adam's",
     ),
     (("state.0.max_exp_avg_sq",), ..., "arrays that are not Adam's|its table is wrong"),
-    ((META, "crc32", "more"), "00000000", "arrays that are not Adam's"),
+    *(
+        ((META, "crc32", name), "00000000", "arrays that are not Adam's")
+        for name in ("more", "state.0.grad", "state.0.other", "state.2.exp_avg")
+    ),
     ((META, "crc32", W), ..., TABLE),
     ((META, "crc32", W), "00000000", "exp_avg of parameter 'w' has another checksum"),
     ((META, "crc32", W), "f" * 10**4, "exp_avg of parameter 'w' has another checksum"),
@@ -733,6 +736,17 @@ def test_steps_that_are_none(saved: Path) -> None:
         edit(header, META, "crc32", "step", value=f"{zlib.crc32(raw):08x}")
         forge(saved, dumps(header), raw + data[16:])
         check_refused(saved, f"the step count of parameter 'b' is {step}")
+
+
+def test_options_that_a_file_lacks(saved: Path) -> None:
+    """As one of an earlier version: they are the default of Adam, in groups and in groups to come."""
+    header, data = parts(saved)
+    for where in (GROUP, (META, "defaults")):
+        edit(header, *where, "weight_decay", value=...)
+    forge(saved, dumps(header), data)
+    opt = AdamW.load(saved, like_small())
+    opt.add_param_group({"params": [np.ones(2)]})
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.0, 0.0]
 
 
 def test_names_that_do_not_tell_apart(saved: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
@@ -16,7 +17,7 @@ from snapshots import refused, use_buffers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which file is mapped where")
 
-SIZE = 50  # elements
+SIZE = 1500  # elements: more than a page, so that maps begin at several places of their file
 
 Mapped = Callable[..., np.ndarray]  # (offset in elements, further arguments of np.memmap)
 
@@ -112,3 +113,13 @@ def test_shared_memory_by_its_name(shared: list[SharedMemory]) -> None:
     opt.step(behind)
     assert same[0] == np.float32(0.999)
     del one, same, behind, opt  # before the handles are closed
+
+
+def test_views_of_a_memoryview_of_a_map(mapped: Mapped, tmp_path: Path) -> None:
+    mapped(0)
+    arrays = []
+    for _ in range(2):
+        with open(tmp_path / "file", "r+b") as file:
+            arrays.append(np.frombuffer(memoryview(mmap.mmap(file.fileno(), 0)), np.float32))
+    with refused(ValueError, r"^params\[1\] shares memory with params\[0\]\.", None, arrays):
+        Adam(arrays)
