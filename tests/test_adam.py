@@ -925,6 +925,15 @@ def test_amsgrad_switched_on_leaves_alone_what_is_left_out() -> None:
     assert twin.param_groups[0]["params"][1].tolist() == opt.param_groups[0]["params"][1].tolist()
 
 
+def test_the_core_itself_knows_how_many_params_there_are() -> None:
+    """One too many would be a read behind their end."""
+    opt = Adam([np.ones(3), np.ones(2)])
+    for call in (opt._core.state, opt._core.layouts, lambda i: opt._core.reset_state(i, 0, [])):
+        call(1)
+        with pytest.raises(IndexError):
+            call(2)
+
+
 def test_the_core_itself_knows_whether_gradients_are_grouped() -> None:
     """Two groups without grouped gradients would be a read behind the end of the gradients."""
     opt = Adam(np.ones(3))

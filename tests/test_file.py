@@ -649,6 +649,11 @@ def others() -> dict[str, tuple[Any, Any, str]]:
             {f"v{i}": w.copy() for i in range(9)},
             "'w0', 'w1', 'w2' and 6 more in the file but not in params; 'v0', 'v1', 'v2' and 6 more in par",
         ),
+        "three-names": (
+            {f"w{i}": w.copy() for i in range(3)},
+            {f"v{i}": w.copy() for i in range(3)},
+            "'w0', 'w1', 'w2' in the file but not in params; 'v0', 'v1', 'v2' in params but",
+        ),
         "order": (
             {"w": w, "b": b},
             {"b": b, "w": w},
