@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
@@ -71,6 +73,28 @@ def test_other_bytes_are_taken(mapped: Mapped, tmp_path: Path) -> None:
     for _ in range(2):  # maps of its own in each step
         opt.step([mapped(0), mapped(3 * SIZE), mapped(0, "r")])
     adam_step(params[0], mapped(0), mapped(4 * SIZE), mapped(5 * SIZE), step=1)
+
+
+@pytest.mark.slow
+def test_files_of_one_number_on_two_file_systems_are_taken(tmp_path: Path) -> None:
+    if not shutil.which("mount"):
+        pytest.skip("no mount")
+    mount = ["mount", "-t", "tmpfs", "tmpfs"]
+    folders = [tmp_path / name for name in "ab"]
+    mounted = []
+    try:
+        for folder in folders:
+            folder.mkdir()
+            if subprocess.run([*mount, folder], capture_output=True).returncode:
+                pytest.skip("mount needs root")
+            mounted.append(folder)
+        paths = [folder / "file" for folder in folders]
+        params = [np.memmap(path, np.float32, "w+", shape=(SIZE,)) for path in paths]
+        assert len({path.stat().st_ino for path in paths}) == 1
+        Adam(params).step([np.ones(SIZE, np.float32)] * 2)
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", "-l", folder], check=True)  # it goes when its maps are gone
 
 
 def test_private_copies_are_taken(mapped: Mapped) -> None:
