@@ -728,10 +728,12 @@ def test_groups_added_to_a_subclass_are_as_it_fixes_them(tmp_path: pathlib.Path)
         assert options["decoupled_weight_decay"] is True and options["weight_decay"] == 0.5
 
 
-def test_defaults_that_no_optimizer_has_are_refused(tmp_path: pathlib.Path) -> None:
+def test_options_that_no_optimizer_has_are_refused(tmp_path: pathlib.Path) -> None:
     """Here, where they can be mended, and not when the file is read."""
     opt = small()
-    opt.defaults["lr"] = -1
-    with pytest.raises(ValueError, match=r"^defaults\['lr'\] must be finite and >= 0, got -1"):
-        opt.save(tmp_path / "a")
+    for where, options in (("defaults", opt.defaults), ("param_groups[0]", opt.param_groups[0])):
+        options["lr"] = -1
+        with pytest.raises(ValueError, match="^" + re.escape(f"{where}['lr'] must be finite and >= 0")):
+            opt.save(tmp_path / "a")
+        options["lr"] = 1
     assert not list(tmp_path.iterdir())

@@ -313,14 +313,20 @@ def test_lr_getter_refuses_what_a_step_refuses() -> None:
             pickle.dumps(opt)  # which could not be loaded
     opt.lr = 0.1
     assert opt.lr == 0.1
+    opt.param_groups[0] = [("lr", 0.1)]  # type: ignore[call-overload]
+    for call in (lambda: opt.lr, lambda: setattr(opt, "lr", 0.2)):
+        with pytest.raises(TypeError, match=r"^param_groups\[0\] must be a dict, got list"):
+            call()
 
 
 def test_options_are_not_shared() -> None:
     betas = [0.9, 0.99]
     opt = Adam(np.ones(2), betas=betas)  # type: ignore[arg-type]
+    opt.add_param_group({"params": np.ones(3), "betas": betas})
     opt.param_groups[0]["schedule"] = [1, 2]
     saved = opt.state_dict()["param_groups"][0]
     betas[0] = 0.5
     opt.param_groups[0]["schedule"].append(3)
-    assert opt.param_groups[0]["betas"] == opt.defaults["betas"] == saved["betas"] == (0.9, 0.99)
+    for options in (opt.defaults, *opt.param_groups, saved):
+        assert options["betas"] == (0.9, 0.99)
     assert saved["schedule"] == [1, 2]
