@@ -164,6 +164,10 @@ def test_options_of_any_kind_of_number(tmp_path: pathlib.Path) -> None:
     )
     assert found["history"] == [1.5, {"n": 2, "flag": True}]
     assert found["best"] is None and found["tag"] == "ü\ud800"
+    for lr in (1, 1.0):  # each stays what it is
+        group["lr"] = lr
+        opt.save(tmp_path / "a")
+        assert type(Adam.load(tmp_path / "a", like_small()).param_groups[0]["lr"]) is type(lr)
 
 
 DEEP: Any = []

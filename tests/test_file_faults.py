@@ -672,6 +672,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*GROUP, "amsgrad"), 1, r"options that no optimizer has: param_groups\[0\]\['amsgrad'\]"),
     *((path, odd, "") for path in ((META,), (W,), (W, "shape"), (W, "dtype")) for odd in ODD),
     *(((W, "data_offsets"), odd, "") for odd in ODD),
+    *(((META, "crc32", W), odd, "") for odd in ODD[:-1]),
     *(((META, key), odd, "") for key in ("header_crc32", "param_groups", *NEEDED[2:]) for odd in ODD),
     *((path, odd, "") for path in (W_PARAM, (*W_PARAM, 0), (*W_PARAM, 1)) for odd in ODD[:-1]),
     *(((META, key), json.dumps(odd), "") for key in ("params", "streams") for odd in ODD[:-1]),
