@@ -151,6 +151,12 @@ def test_groups_are_recognized() -> None:
     as_structure.step({"params": a.copy(), "batch_stats": None})
 
 
+def test_groups_may_be_walked_once() -> None:
+    opt = Adam(iter([{"params": np.ones(2)}, {"params": np.ones(3)}]))
+    assert len(opt.param_groups) == 2
+    opt.step([np.ones(2), np.ones(3)])
+
+
 def test_params_of_a_group_are_a_flat_tuple() -> None:
     arrays = random_like(EMPTY, 1)
     (group,) = Adam(FORMS["nested-dict"](arrays)).param_groups
@@ -436,7 +442,7 @@ def test_state_by_name_and_index() -> None:
     opt.step([random_like(params, 1), [None], {"w": None, "x": np.ones(7)}])
     names = {"encoder.0": 0, "encoder.1.w": 1, "7": 3, "x": 6}
     for name, index in names.items():
-        assert name in opt.state
+        assert name in opt.state and np.int64(index) in opt.state
         assert opt.state[name]["exp_avg"].size == index + 1
         assert opt.state[name]["exp_avg"].ctypes.data == opt.state[index]["exp_avg"].ctypes.data
     assert [opt.state[i]["step"] for i in range(7)] == [1, 1, 1, 1, 0, 0, 1]
@@ -512,6 +518,11 @@ def test_keys_of_any_text(key: str) -> None:
     twin.load_state_dict(opt.state_dict())
     assert twin.state[f"{key}.0"]["step"] == 1 and twin.param_groups[1][key] == key
     assert copy.deepcopy(opt).state[f"{key}.0"]["step"] == 1
+
+
+@pytest.mark.parametrize("key", ["\ud83dabc", "\ud83d\ud83d", "\ud83d.\ude00", "\ude00\ud83d"], ids=ascii)
+def test_halves_of_a_character_that_are_no_pair_are_names(key: str) -> None:
+    assert list(_core.Structure({key: 0, "x": 0}).names) == [key, "x"]
 
 
 def test_reprs_of_any_text() -> None:
@@ -656,6 +667,7 @@ def test_num_threads_decides_nothing_but_speed(num_threads: int | None) -> None:
         (0, ValueError, "^num_threads must be >= 1 or None, got 0"),
         (-1, ValueError, "^num_threads must be >= 1 or None, got -1"),
         (True, TypeError, "^num_threads must be an int or None, got True"),
+        (np.True_, TypeError, r"^num_threads must be an int or None, got (np\.True_|True)"),
         (2.0, TypeError, "^num_threads must be an int or None, got 2.0"),
         ("2", TypeError, "^num_threads must be an int or None, got '2'"),
         (2**31, ValueError, "^num_threads must be at most 4096, got 2147483648"),
@@ -918,6 +930,15 @@ def test_amsgrad_switched_on_leaves_alone_what_is_left_out() -> None:
     for one in (opt, twin):
         one.step([np.ones(2), np.ones(3)])
     assert twin.param_groups[0]["params"][1].tolist() == opt.param_groups[0]["params"][1].tolist()
+
+
+def test_the_core_itself_knows_how_many_params_there_are() -> None:
+    """One too many would be a read behind their end."""
+    opt = Adam([np.ones(3), np.ones(2)])
+    for call in (opt._core.state, opt._core.layouts, lambda i: opt._core.reset_state(i, 0, [])):
+        call(1)
+        with pytest.raises(IndexError):
+            call(2)
 
 
 def test_the_core_itself_knows_whether_gradients_are_grouped() -> None:

@@ -482,6 +482,16 @@ def test_takes_memmap(tmp_path: Any) -> None:
         Adam(read_only_param)
 
 
+def test_takes_views_of_memmap(tmp_path: Any) -> None:
+    """Of a subclass too; and where the base of a view is another view, whose first element is its last."""
+    np.ones(12).tofile(tmp_path / "param")
+    memory = np.memmap(tmp_path / "param", float, "r+")
+    for view in (np.asarray(memory[::-1])[::-1], memory.view(type("Named", (np.memmap,), {}))):
+        assert view.flags.c_contiguous and not view.base.flags.owndata
+        Adam(view).step(np.ones(12))
+    assert np.allclose(memory, 0.998)
+
+
 def test_takes_one_grad_for_many_params() -> None:
     empty = np.empty((3, 4))
     grad = random_like(empty, 3)
@@ -544,7 +554,7 @@ def resized(view: np.ndarray, size: int) -> None:
     view.base.resize(size, refcheck=False)
 
 
-@pytest.mark.parametrize("size", [1_000_000, 5], ids=["grown", "shrunk"])
+@pytest.mark.parametrize("size", [1_000_000, 5, 19], ids=["grown", "shrunk", "shrunk by one element"])
 @pytest.mark.parametrize("what", ["param", "grad"])
 def test_refuses_views_whose_base_was_resized(what: str, size: int) -> None:
     """Their memory is gone, or ends too early."""

@@ -164,6 +164,10 @@ def test_options_of_any_kind_of_number(tmp_path: pathlib.Path) -> None:
     )
     assert found["history"] == [1.5, {"n": 2, "flag": True}]
     assert found["best"] is None and found["tag"] == "ü\ud800"
+    for lr in (1, 1.0):  # each stays what it is
+        group["lr"] = lr
+        opt.save(tmp_path / "a")
+        assert type(Adam.load(tmp_path / "a", like_small()).param_groups[0]["lr"]) is type(lr)
 
 
 DEEP: Any = []
@@ -649,6 +653,11 @@ def others() -> dict[str, tuple[Any, Any, str]]:
             {f"v{i}": w.copy() for i in range(9)},
             "'w0', 'w1', 'w2' and 6 more in the file but not in params; 'v0', 'v1', 'v2' and 6 more in par",
         ),
+        "three-names": (
+            {f"w{i}": w.copy() for i in range(3)},
+            {f"v{i}": w.copy() for i in range(3)},
+            "'w0', 'w1', 'w2' in the file but not in params; 'v0', 'v1', 'v2' in params but",
+        ),
         "order": (
             {"w": w, "b": b},
             {"b": b, "w": w},
@@ -714,10 +723,21 @@ def test_groups_added_later_have_the_defaults_of_the_saved(tmp_path: pathlib.Pat
     assert twin.param_groups[1]["lr"] == 0.5 and twin.param_groups[1]["betas"] == (0.5, 0.75)
 
 
-def test_defaults_that_no_optimizer_has_are_refused(tmp_path: pathlib.Path) -> None:
+def test_groups_added_to_a_subclass_are_as_it_fixes_them(tmp_path: pathlib.Path) -> None:
+    opt = small(weight_decay=0.5)
+    opt.save(tmp_path / "a")
+    twin = AdamW.load(tmp_path / "a", like_small())
+    twin.add_param_group({"params": [np.ones(3)]})
+    for options in (twin.defaults, *twin.param_groups):
+        assert options["decoupled_weight_decay"] is True and options["weight_decay"] == 0.5
+
+
+def test_options_that_no_optimizer_has_are_refused(tmp_path: pathlib.Path) -> None:
     """Here, where they can be mended, and not when the file is read."""
     opt = small()
-    opt.defaults["lr"] = -1
-    with pytest.raises(ValueError, match=r"^defaults\['lr'\] must be finite and >= 0, got -1"):
-        opt.save(tmp_path / "a")
+    for where, options in (("defaults", opt.defaults), ("param_groups[0]", opt.param_groups[0])):
+        options["lr"] = -1
+        with pytest.raises(ValueError, match="^" + re.escape(f"{where}['lr'] must be finite and >= 0")):
+            opt.save(tmp_path / "a")
+        options["lr"] = 1
     assert not list(tmp_path.iterdir())

@@ -190,7 +190,7 @@ def test_the_number_of_threads_is_taken(threads):
 
 
 @pytest.mark.parametrize(
-    "text", ["0", "-1", "two", "1.0", "2 threads", "1e3", "+2", " 2", "0x2", "9" * 20, " ", "4097"]
+    "text", ["0", "-1", "two", "1.0", "2 threads", "1e3", "+2", " 2", "0x2", "9" * 20, " ", "4097", "²"]
 )
 def test_a_bad_number_of_threads_is_refused(text, refused):
     refused(_config._num_threads, "FUSED_ADAM_NUM_THREADS", text)

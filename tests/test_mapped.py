@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
@@ -16,7 +19,7 @@ from snapshots import refused, use_buffers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which file is mapped where")
 
-SIZE = 50  # elements
+SIZE = 1500  # elements: more than a page, so that maps begin at several places of their file
 
 Mapped = Callable[..., np.ndarray]  # (offset in elements, further arguments of np.memmap)
 
@@ -72,6 +75,28 @@ def test_other_bytes_are_taken(mapped: Mapped, tmp_path: Path) -> None:
     adam_step(params[0], mapped(0), mapped(4 * SIZE), mapped(5 * SIZE), step=1)
 
 
+@pytest.mark.slow
+def test_files_of_one_number_on_two_file_systems_are_taken(tmp_path: Path) -> None:
+    if not shutil.which("mount"):
+        pytest.skip("no mount")
+    mount = ["mount", "-t", "tmpfs", "tmpfs"]
+    folders = [tmp_path / name for name in "ab"]
+    mounted = []
+    try:
+        for folder in folders:
+            folder.mkdir()
+            if subprocess.run([*mount, folder], capture_output=True).returncode:
+                pytest.skip("mount needs root")
+            mounted.append(folder)
+        paths = [folder / "file" for folder in folders]
+        params = [np.memmap(path, np.float32, "w+", shape=(SIZE,)) for path in paths]
+        assert len({path.stat().st_ino for path in paths}) == 1
+        Adam(params).step([np.ones(SIZE, np.float32)] * 2)
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", "-l", folder], check=True)  # it goes when its maps are gone
+
+
 def test_private_copies_are_taken(mapped: Mapped) -> None:
     """What is written to a copy-on-write map does not reach the file."""
     params = [mapped(0, "c"), mapped(0, "c"), mapped(0)]
@@ -112,3 +137,13 @@ def test_shared_memory_by_its_name(shared: list[SharedMemory]) -> None:
     opt.step(behind)
     assert same[0] == np.float32(0.999)
     del one, same, behind, opt  # before the handles are closed
+
+
+def test_views_of_a_memoryview_of_a_map(mapped: Mapped, tmp_path: Path) -> None:
+    mapped(0)
+    arrays = []
+    for _ in range(2):
+        with open(tmp_path / "file", "r+b") as file:
+            arrays.append(np.frombuffer(memoryview(mmap.mmap(file.fileno(), 0)), np.float32))
+    with refused(ValueError, r"^params\[1\] shares memory with params\[0\]\.", None, arrays):
+        Adam(arrays)

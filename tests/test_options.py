@@ -7,6 +7,7 @@ import itertools
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,23 @@ def test_error_of_a_number_is_the_callers() -> None:
         Adam(np.ones(2), lr=Rate())  # type: ignore[arg-type]
 
 
+def test_number_that_is_no_float() -> None:
+    """Its own ValueError would not say where it stands."""
+    with pytest.raises(TypeError, match=r"^lr must be a number, got Decimal\('sNaN'\) of type"):
+        Adam(np.ones(2), lr=Decimal("sNaN"))  # type: ignore[arg-type]
+
+
+def test_betas_that_get_fewer_while_they_are_read() -> None:
+    class Beta:
+        def __float__(self) -> float:
+            betas.clear()
+            return 0.9
+
+    betas: list[Any] = [Beta(), 0.99]
+    with pytest.raises(IndexError):
+        Adam(np.ones(2), betas=betas)  # type: ignore[arg-type]
+
+
 def test_refuses_numpy_bool_as_number() -> None:
     with pytest.raises(TypeError, match=r"^lr must be a number, got"):
         Adam(np.ones(2), lr=np.True_)
@@ -277,8 +295,11 @@ def test_number_with_a_strange_dtype(kind: Any) -> None:
         def __float__(self) -> float:
             return 0.5
 
+        def __repr__(self) -> str:  # called with no error of its kind left behind
+            return "<strange>"
+
     Strange.dtype.kind = kind  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match="lr must be a number"):
+    with pytest.raises(TypeError, match="lr must be a number, got <strange>"):
         Adam(np.ones(2), lr=Strange())  # type: ignore[arg-type]
 
 
@@ -292,14 +313,20 @@ def test_lr_getter_refuses_what_a_step_refuses() -> None:
             pickle.dumps(opt)  # which could not be loaded
     opt.lr = 0.1
     assert opt.lr == 0.1
+    opt.param_groups[0] = [("lr", 0.1)]  # type: ignore[call-overload]
+    for call in (lambda: opt.lr, lambda: setattr(opt, "lr", 0.2)):
+        with pytest.raises(TypeError, match=r"^param_groups\[0\] must be a dict, got list"):
+            call()
 
 
 def test_options_are_not_shared() -> None:
     betas = [0.9, 0.99]
     opt = Adam(np.ones(2), betas=betas)  # type: ignore[arg-type]
+    opt.add_param_group({"params": np.ones(3), "betas": betas})
     opt.param_groups[0]["schedule"] = [1, 2]
     saved = opt.state_dict()["param_groups"][0]
     betas[0] = 0.5
     opt.param_groups[0]["schedule"].append(3)
-    assert opt.param_groups[0]["betas"] == opt.defaults["betas"] == saved["betas"] == (0.9, 0.99)
+    for options in (opt.defaults, *opt.param_groups, saved):
+        assert options["betas"] == (0.9, 0.99)
     assert saved["schedule"] == [1, 2]

@@ -111,6 +111,13 @@ def test_adam_step_refuses_overlap(a: str, b: str, distance: int) -> None:
     adam_step_refused(arrays, ValueError, rf"^({a} shares memory with {b}|{b} shares memory with {a})[,.]")
 
 
+def test_an_empty_grad_overlaps_nothing() -> None:
+    params = [np.ones(6), np.ones(0)]
+    opt = Adam(params)
+    for call in (Adam.step, use_buffers):
+        call(opt, [np.ones(6), np.ndarray(0, float, params[0], offset=24)])
+
+
 def test_neighbours_in_one_block_are_taken() -> None:
     """Every array of the step next to the other, and not one byte shared; then one element too near."""
     size, params_and_grads = 5, 8

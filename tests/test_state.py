@@ -169,7 +169,7 @@ def small(steps: int = 3, **options: Any) -> Adam:
 
 @pytest.mark.parametrize(
     "step",
-    [3, 3.0, np.int32(3), np.float32(3), np.array(3), np.array(3.0), 0, 2**53 + 1, float(2**53), 2**62],
+    [3, 3.0, np.int32(3), np.longdouble(3), np.array(3), np.array(3.0), 0, 2**53 + 1, 2.0**53, 2**62],
     ids=repr,
 )
 def test_step_of_any_kind_of_number(step: Any) -> None:
@@ -648,6 +648,24 @@ def test_copy_with_a_frozen_param(duplicate: Callable[[Any], Any]) -> None:
     for one in (opt, duplicate(opt)):
         one.step([None, np.ones(4)])
         assert [entry["step"] for entry in one.state.values()] == [0, 1]
+
+
+@copies
+def test_copy_of_an_edited_subclass(duplicate: Callable[[Any], Any]) -> None:
+    """What its options are is what they are in the copy."""
+    opt = AdamW([np.ones(3)])
+    opt.param_groups[0]["decoupled_weight_decay"] = False
+    assert duplicate(opt).param_groups[0]["decoupled_weight_decay"] is False
+
+
+def test_state_of_a_copy_can_be_used_again() -> None:
+    opt = Adam([np.ones(3)])
+    opt.step([np.ones(3)])
+    state = opt.__getstate__()
+    for _ in range(2):
+        twin = Adam.__new__(Adam)
+        twin.__setstate__(state)
+        assert_same_state(twin, opt)
 
 
 def test_shallow_copy_leaves_the_original_alone() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam
+from fused_adam import Adam, _core
 from snapshots import (
     Scene,
     refused,
@@ -166,3 +166,12 @@ def test_key_that_changes_its_dict_while_it_is_read() -> None:
     params: dict[Any, Any] = {Key(): np.ones(3), "w": np.ones(2)}
     opt = Adam(params)
     assert [param.tolist() for param in opt.param_groups[0]["params"]] == [[1, 1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_the_core_itself_knows_how_many_leaves_there_are(count: int) -> None:
+    """One too few would be a read behind their end."""
+    structure = _core.Structure({"a": [1, 2], "b": 3})
+    with pytest.raises(ValueError, match=rf"^expected 3 leaves, got {count}\."):
+        structure.unflatten([0] * count)
+    assert structure.unflatten([4, 5, 6]) == {"a": [4, 5], "b": 6}

@@ -241,7 +241,7 @@ def read_header(file: BinaryIO, room: int) -> Header:
 
 
 def _require_version(version: str, writer: str) -> None:
-    if not re.fullmatch("[1-9][0-9]{0,9}", version, re.ASCII):
+    if not re.fullmatch("[1-9][0-9]{0,9}", version):
         raise ValueError
     require(
         int(version) <= FORMAT,
