@@ -1,8 +1,8 @@
 """What holds for all tests.
 
 Hypothesis draws the same examples in every run, so that what fails fails again, and what passes was no luck.
-`--hypothesis-profile=search` draws other ones each time, and more of them: every week (.github/workflows), and
-by hand, as CONTRIBUTING says. No gate, since what it finds is seldom the fault of the change that it stops.
+`--hypothesis-profile=search` draws other ones each time, and more of them: every week (.github/workflows),
+and by hand, as CONTRIBUTING says. It is no gate: what it finds is seldom the fault of the change at hand.
 """
 
 import gc

@@ -935,10 +935,21 @@ def test_amsgrad_switched_on_leaves_alone_what_is_left_out() -> None:
 def test_the_core_itself_knows_how_many_params_there_are() -> None:
     """One too many would be a read behind their end."""
     opt = Adam([np.ones(3), np.ones(2)])
-    for call in (opt._core.state, opt._core.layouts, lambda i: opt._core.reset_state(i, 0, [])):
+    for call in (opt._core.state, lambda i: opt._core.streams({"exp_avg": [i]})):
         call(1)
         with pytest.raises(IndexError):
             call(2)
+    moments = opt._core.all_state()["exp_avg"]
+    opt._core.set_state([1, 2], {"exp_avg": moments}, [])
+    for steps, arrays in ([1], moments), ([1, 2, 3], moments), ([1, 2], moments[:1]), ([1, 2], moments * 2):
+        with pytest.raises(ValueError, match="another number of parameters"):
+            opt._core.set_state(steps, {"exp_avg": arrays}, [])
+    for wrong in (np.ones(2), np.ones((3, 1)), np.ones(3, np.float32), np.ones(6)[::2]):
+        with pytest.raises(ValueError, match="new state of params\\[0\\]"):
+            opt._core.set_state([3, 4], {"exp_avg": [wrong, None]}, [])
+    with pytest.raises(ValueError, match="no optimizer has a stream"):
+        opt._core.set_state([3, 4], {"grad": [None, None]}, [])
+    assert [entry["step"] for entry in opt.state.values()] == [1, 2]
 
 
 def test_the_core_itself_knows_whether_gradients_are_grouped() -> None:

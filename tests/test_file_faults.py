@@ -58,10 +58,11 @@ KILLER = """
     opt = Adam(params, num_threads=1)
 
     def make(version):
-        for index, entry in opt.state.items():
-            entry["exp_avg"][...] = version
-            entry["exp_avg_sq"][...] = version
-            opt._core.reset_state(index, version, ["exp_avg", "exp_avg_sq"])
+        state = opt._core.all_state()
+        del state["step"]
+        for array in state["exp_avg"] + state["exp_avg_sq"]:
+            array[...] = version
+        opt._core.set_state([version] * len(params), state, [])
 
     def version_in_file():
         twin = Adam.load(path, params)
@@ -582,6 +583,7 @@ TABLE = "its table is wrong at"
 GROUP = (META, "param_groups", 0)
 W_PARAM = (META, "params", 0)
 NEEDED = ("fused_adam_format", "fused_adam_version", "crc32", "requires", "params", "streams")
+OTHER_ARRAYS = "arrays that are not Adam's|its table is wrong"
 ODD: list[Any] = [None, True, 1, -1, 1.5, "", "x", [], [1], [None], {}, {"a": 1}, ["a", {}], TERA, 10**400]
 
 # Where, what, how the message goes on.
@@ -605,8 +607,22 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
         '["ema", "from the future"]',
         "it needs ['from the future'], which fused-adam",
     ),
-    ((META, "streams", "exp_avg"), 64, "its exp_avg is stored in another way"),
-    ((META, "streams", "more"), 1, NOT_OURS),
+    ((META, "streams", "exp_avg", "elements_per_entry"), 64, "its exp_avg is stored in another way"),
+    ((META, "streams", "more"), {"elements_per_entry": 1}, NOT_OURS),
+    *(((META, "streams", "exp_avg", "params"), bad, NOT_OURS) for bad in ([0, 0], [0, 2], [-1, 0], [0.0])),
+    *(
+        ((META, "streams", "exp_avg", "params"), bad, "arrays that are not Adam's|its table is wrong")
+        for bad in ([0], [])
+    ),
+    ((META, "streams", "exp_avg"), ..., "arrays that are not Adam's|its table is wrong"),
+    ((META, "streams", "ema"), {"elements_per_entry": 1}, TABLE),
+    *(((META, "streams", "exp_avg"), odd, "") for odd in ODD[:-1]),
+    *(
+        ((META, "streams", "exp_avg", "elements_per_entry"), odd, "")
+        for odd in ODD[:-1]
+        if type(odd) is not int
+    ),
+    *(((META, "streams", "exp_avg", "params"), odd, "") for odd in ODD[:-1]),
     ((W, "data_offsets"), [0, 24], f"{TABLE} exp_avg of parameter 'w'"),
     ((W, "data_offsets"), [-24, 0], TABLE),
     ((W, "data_offsets"), [TERA, TERA + 24], TABLE),
@@ -627,7 +643,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
         {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
         "arrays that are not Adam's",
     ),
-    (("state.0.max_exp_avg_sq",), ..., "arrays that are not Adam's|its table is wrong"),
+    (("state.0.max_exp_avg_sq",), ..., OTHER_ARRAYS),
     *(
         ((META, "crc32", name), "00000000", "arrays that are not Adam's")
         for name in ("more", "state.0.grad", "state.0.other", "state.2.exp_avg")

@@ -131,7 +131,9 @@ def test_state_and_checkpoints_have_the_streams_of_the_table(tmp_path: pathlib.P
     metadata = header.pop("__metadata__")
     expected = {f"state.{index}.{name}" for index in (0, 1) for name in STATE}
     assert set(header) == {"step", *expected} == set(json.loads(metadata["crc32"]))
-    assert json.loads(metadata["streams"]) == {s.name: s.elements_per_entry for s in STREAMS if s.ours}
+    assert json.loads(metadata["streams"]) == {
+        s.name: {"elements_per_entry": s.elements_per_entry} for s in STREAMS if s.ours
+    }
     assert json.loads(metadata["requires"]) == saved["requires"]
     assert json.loads(metadata["params"]) == [["float32", [3]], ["float64", [2, 2]]]
 

@@ -1,6 +1,7 @@
 #include "memory.hpp"
 
 #include <stdint.h>
+#include <string.h>
 
 #include <algorithm>
 #include <new>
@@ -78,6 +79,23 @@ std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted) {
     arrays.push_back(view_of(block, first_page + starts[i], wanted[i].stream, wanted[i].param));
   }
   return arrays;
+}
+
+bool scatter(const py::array& elements, const std::vector<py::array>& arrays) {
+  py::ssize_t size = 0;
+  for (const py::array& array : arrays) {
+    if ((array.flags() & py::array::c_style) == 0) return false;
+    if (!array.writeable() || !array.dtype().equal(elements.dtype())) return false;
+    size += array.size();
+  }
+  if ((elements.flags() & py::array::c_style) == 0 || size != elements.size()) return false;
+  const auto* from = static_cast<const char*>(elements.data());
+  for (const py::array& array : arrays) {
+    const auto bytes = static_cast<size_t>(array.nbytes());
+    memcpy(py::detail::array_proxy(array.ptr())->data, from, bytes);
+    from += bytes;
+  }
+  return true;
 }
 
 }  // namespace fused_adam

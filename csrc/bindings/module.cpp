@@ -4,6 +4,7 @@
 #include "../cpu_limit.hpp"
 #include "../dispatch.hpp"
 #include "../parallel.hpp"
+#include "contexts.hpp"
 #include "functional.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
@@ -45,19 +46,6 @@ std::vector<std::string> streams_of(const py::dict& options) {
   return names;
 }
 
-// What `with opt.ema_weights()` enters. In C++, since no interruption comes between the exchange
-// and the body then.
-class EmaWeights {
- public:
-  EmaWeights(py::object optimizer, py::object param_groups)
-      : optimizer_(std::move(optimizer)), param_groups_(std::move(param_groups)) {}
-  void enter() { optimizer_.cast<Optimizer&>().use_averages(param_groups_); }
-  void exit() { optimizer_.cast<Optimizer&>().use_params(); }
-
- private:
-  py::object optimizer_, param_groups_;
-};
-
 void bind(py::module_& m) {
   m.attr("__version__") = FUSED_ADAM_VERSION;
   m.attr("numerics") = kNumerics;
@@ -85,6 +73,7 @@ void bind(py::module_& m) {
       py::arg("options"), py::arg("where"));
   m.def("option_table", &options_for_python);
   m.def("stream_table", &streams_for_python);
+  m.def("scatter", &scatter, py::arg("elements"), py::arg("arrays"));
   m.def("streams_of", &streams_of, py::arg("options"));
   m.def("adam_step", &adam_step, py::arg("isa"), py::arg("threads"), py::arg("options"),
         py::arg("step"), py::arg("arrays"), py::arg("zero_grad"));
@@ -119,15 +108,18 @@ void bind(py::module_& m) {
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)
-      .def("layouts", &Optimizer::layouts, py::arg("index"))
-      .def("make_streams", &Optimizer::make_streams, py::arg("wanted"))
+      .def("kinds", &Optimizer::kinds)
+      .def("streams", &Optimizer::streams, py::arg("wanted"))
       .def("make_wanted_streams", &Optimizer::make_wanted_streams, py::arg("param_groups"))
-      .def("reset_state", &Optimizer::reset_state, py::arg("index"), py::arg("step"),
-           py::arg("present"))
+      .def("set_state", &Optimizer::set_state, py::arg("steps"), py::arg("streams"),
+           py::arg("new_options"))
       .def("new_grads", &Optimizer::new_grads, py::arg("group"))
-      .def("averages", &Optimizer::averages, py::arg("param_groups"))
-      .def("__enter__", &Optimizer::enter)
-      .def("__exit__", [](Optimizer& self, const py::args&) { self.exit(); });
+      .def("averages", &Optimizer::averages, py::arg("param_groups"));
+
+  py::class_<ExclusiveUse>(m, "ExclusiveUse")
+      .def(py::init<py::object>(), py::arg("optimizer"))
+      .def("__enter__", [](const ExclusiveUse&) {})
+      .def("__exit__", [](ExclusiveUse& self, const py::args&) { self.exit(); });
 
   py::class_<EmaWeights>(m, "EmaWeights")
       .def(py::init<py::object, py::object>(), py::arg("optimizer"), py::arg("param_groups"))

@@ -21,22 +21,15 @@ bool is_param(int64_t owner) { return owner % kStreams == kParam; }
 
 const char* role_of(int64_t owner) { return is_param(owner) ? "" : "the state of "; }
 
-const StreamInfo& own_stream(const std::string& name) {
-  for (const StreamInfo& info : kStreamTable) {
-    if (is_ours(info) && info.name == name) return info;
-  }
-  throw py::value_error("no optimizer has a stream " + name + ".");
-}
-
-// Makes the streams that these slots do not have: wanted(i) says which slot i needs, a bit for
-// each. All of them or none. The lock is held only while nothing can run code of Python, which
-// might want it too: making an array may collect garbage.
-template <class Wanted>
-void give_missing(std::vector<Slot>& slots, std::mutex& mutex, Wanted wanted) {
+// Makes the streams that these slots do not have, of those that each needs, a bit for each. All of
+// them or none. The lock is held only while nothing can run code of Python, which might want it
+// too: making an array may collect garbage.
+void give_missing(std::vector<Slot>& slots, std::mutex& mutex,
+                  const std::vector<unsigned>& wanted) {
   std::vector<std::pair<Slot*, Stream>> places;
   std::vector<NewArray> arrays;
   for (size_t i = 0; i < slots.size(); ++i) {
-    const unsigned missing = slots[i].missing(wanted(i));
+    const unsigned missing = slots[i].missing(wanted[i]);
     for (int stream = 0; missing >> stream != 0; ++stream) {
       if ((missing >> stream & 1u) == 0) continue;
       places.emplace_back(&slots[i], static_cast<Stream>(stream));
@@ -52,65 +45,8 @@ void give_missing(std::vector<Slot>& slots, std::mutex& mutex, Wanted wanted) {
 
 }  // namespace
 
-// Holds use_ while it lives. Two steps at once on one optimizer would race; the second is refused.
-class Optimizer::Exclusive {
- public:
-  explicit Exclusive(Optimizer& optimizer, Use from = Use::kNone)
-      : optimizer_(optimizer), next_(from) {
-    optimizer_.take(from);
-  }
-  ~Exclusive() { optimizer_.use_.store(next_, std::memory_order_release); }
-  Exclusive(const Exclusive&) = delete;
-  Exclusive& operator=(const Exclusive&) = delete;
-
-  void leave_for(Use next) { next_ = next; }
-
- private:
-  Optimizer& optimizer_;
-  Use next_;
-};
-
-// Exclusive use, and no reference to a gradient is kept afterwards, however the step ends.
-class Optimizer::StepScope {
- public:
-  explicit StepScope(Optimizer& optimizer) : exclusive_(optimizer), optimizer_(optimizer) {}
-  ~StepScope() {
-    optimizer_.grads_.clear();
-    optimizer_.dicts_.clear();
-    optimizer_.hypers_.clear();
-    optimizer_.cleared_.clear();
-    optimizer_.plan_.begin(false);
-  }
-  StepScope(const StepScope&) = delete;
-  StepScope& operator=(const StepScope&) = delete;
-
-  void leave_for(Use next) { exclusive_.leave_for(next); }
-
- private:
-  Exclusive exclusive_;
-  Optimizer& optimizer_;
-};
-
 Optimizer::Optimizer(const std::string& isa, const Threads& threads)
     : isa_(isa_by_name(isa)), threads_(threads), params_key_("params") {}
-
-void Optimizer::take(Use from) {
-  Use found = from;
-  if (use_.compare_exchange_strong(found, Use::kCall, std::memory_order_acquire)) return;
-  switch (found) {
-    case Use::kCall:
-      throw std::runtime_error(
-          "this optimizer is in use: by another thread, by a call that this one is part of, or by "
-          "a thread that was inside a step when this process was forked. Give each thread an "
-          "optimizer of its own, or guard this one with a lock.");
-    case Use::kAverages:
-      throw std::runtime_error(
-          "the averages are in the place of the parameters: inside `with opt.ema_weights()` an "
-          "optimizer can do nothing else.");
-    case Use::kNone:
-      throw std::runtime_error("the averages are not in the place of the parameters.");
-  }
-}
 
 Place Optimizer::place(const char* role, const Slot& slot) const {
   return place_in(groups_[slot.group], role, slot.leaf);
@@ -136,7 +72,7 @@ std::vector<std::shared_ptr<const Structure>> Optimizer::structures() const {
 
 void Optimizer::add_group(const py::object& param_groups, const py::dict& options,
                           std::shared_ptr<const Structure> structure, bool grouped, bool frozen) {
-  const Exclusive exclusive(*this);
+  const Exclusive exclusive(use_);
   check_groups(param_groups);
   const size_t count = structure->size(), first = slots_.size(), index = groups_.size();
   const std::string name = "param_groups[" + std::to_string(index) + "]";
@@ -161,9 +97,9 @@ void Optimizer::add_group(const py::object& param_groups, const py::dict& option
   // Refuses params that overlap, before memory is spent on their state, which overlaps nothing.
   memory_is_indexed_ = false;
   WrittenMemory memory;
-  list_memory(memory, added, group);
-  give_missing(added, slots_mutex_, [wanted = wanted_streams(hyper)](size_t) { return wanted; });
-  list_memory(memory, added, group);
+  list_memory(memory, added, &group);
+  give_missing(added, slots_mutex_, std::vector<unsigned>(count, wanted_streams(hyper)));
+  list_memory(memory, added, &group);
 
   {
     const std::lock_guard<std::mutex> lock(slots_mutex_);
@@ -214,7 +150,7 @@ void Optimizer::read_groups(py::handle param_groups) {
 
 // --- Memory ------------------------------------------------------------------------------------
 
-void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group& group) {
+void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group* group) {
   memory.clear();
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].add_to(memory, owner_of(i));
   for (size_t i = 0; i < added.size(); ++i) added[i].add_to(memory, owner_of(slots_.size() + i));
@@ -226,7 +162,7 @@ void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, con
   };
   const auto text = [&](int64_t owner) {
     const size_t i = slot_of(owner);
-    const Group& of = i < slots_.size() ? groups_[slots_[i].group] : group;
+    const Group& of = i < slots_.size() ? groups_[slots_[i].group] : *group;
     return place_in(of, role_of(owner), slot(owner).leaf).str();
   };
   const bool same = is_param(a) && is_param(b) && slot(a).param().is(slot(b).param());
@@ -237,23 +173,17 @@ void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, con
 void Optimizer::index_memory() {
   memory_is_indexed_ = false;
   std::vector<Slot> none;
-  list_memory(memory_, none, groups_.back());
+  list_memory(memory_, none, nullptr);
   memory_is_indexed_ = true;
 }
 
-void Optimizer::make_streams(const std::vector<std::pair<size_t, std::string>>& wanted) {
-  std::vector<unsigned> of_slot(slots_.size());
-  for (const auto& [index, name] : wanted) of_slot.at(index) |= 1u << own_stream(name).stream;
-  add_missing([&](size_t i) { return of_slot[i]; });
+std::vector<unsigned> Optimizer::wanted_by_options() const {
+  std::vector<unsigned> wanted;
+  for (const Slot& slot : slots_) wanted.push_back(wanted_streams(hypers_[slot.group]));
+  return wanted;
 }
 
-void Optimizer::make_wanted_streams(py::handle param_groups) {
-  read_groups(param_groups);
-  add_missing([&](size_t i) { return wanted_streams(hypers_[slots_[i].group]); });
-}
-
-template <class Wanted>
-void Optimizer::add_missing(Wanted wanted) {
+void Optimizer::add_missing(const std::vector<unsigned>& wanted) {
   memory_is_indexed_ = false;
   give_missing(slots_, slots_mutex_, wanted);
 }
@@ -385,9 +315,11 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) 
   flatten_grads(grads);
   read_groups(param_groups);
   if (check_and_plan(zero_grad)) {
-    add_missing([&](size_t i) {
-      return grads_[i].is_none() ? 0 : wanted_streams(hypers_[slots_[i].group]);
-    });
+    std::vector<unsigned> wanted = wanted_by_options();
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      if (grads_[i].is_none()) wanted[i] = 0;
+    }
+    add_missing(wanted);
     check_and_plan(zero_grad);
   }
   // From here on nothing can fail.
@@ -423,167 +355,6 @@ void Optimizer::zero(py::handle grads) {
     const int64_t bytes = bytes_of(kGrad, param.dtype, param.size);
     memset(slots_[i].streams.at[kGrad], 0, static_cast<size_t>(bytes));
   }
-}
-
-// --- State -------------------------------------------------------------------------------------
-
-py::dict Optimizer::state(size_t index) const {
-  int64_t step;
-  py::object arrays[kStreams];  // Python code runs below, and may add a group
-  {
-    const std::lock_guard<std::mutex> lock(slots_mutex_);
-    if (index >= slots_.size()) throw py::index_error("no such parameter");
-    const Slot& slot = slots_[index];
-    step = slot.step;
-    for (const StreamInfo& info : kStreamTable) {
-      if (is_ours(info) && slot.has_values(info.stream))
-        arrays[info.stream] = slot.array(info.stream);
-    }
-  }
-  py::dict state;
-  state["step"] = step;
-  for (const StreamInfo& info : kStreamTable) {
-    if (arrays[info.stream]) state[info.name] = fresh_view(arrays[info.stream]);
-  }
-  return state;
-}
-
-py::dict Optimizer::all_state() const {
-  py::dict state;
-  py::list steps;
-  for (const Slot& slot : slots_) steps.append(slot.step);
-  state["step"] = steps;
-  for (const StreamInfo& info : kStreamTable) {
-    if (!is_ours(info)) continue;
-    py::list arrays;
-    for (const Slot& slot : slots_) {
-      arrays.append(slot.has_values(info.stream) ? slot.array(info.stream) : py::none());
-    }
-    state[info.name] = arrays;
-  }
-  return state;
-}
-
-py::dict Optimizer::layouts(size_t index) const {
-  const ArrayFacts& param = slots_.at(index).layout();
-  py::dict layouts;
-  for (const StreamInfo& info : kStreamTable) {
-    if (!is_ours(info)) continue;
-    const std::vector<py::ssize_t> shape = shape_of(info.stream, param);
-    layouts[info.name] =
-        py::make_tuple(dtype_name(dtype_of(info.stream, param.dtype)), py::tuple(py::cast(shape)));
-  }
-  return layouts;
-}
-
-py::list Optimizer::new_grads(size_t group) const {
-  const Group& of = groups_.at(group);
-  std::vector<NewArray> wanted;
-  for (size_t i = of.first; i < of.first + of.count; ++i) {
-    wanted.push_back(slots_[i].new_array(kGrad));
-  }
-  py::list grads;
-  for (const py::object& grad : new_arrays(wanted)) grads.append(fresh_view(grad));
-  return grads;
-}
-
-py::list Optimizer::averages(py::handle param_groups) {
-  const StepScope scope(*this);
-  read_groups(param_groups);
-  require_averages();
-  add_missing([&](size_t i) { return wanted_streams(hypers_[slots_[i].group]); });
-  py::list all;
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    py::list views;
-    for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
-      Slot& slot = slots_[i];
-      if (!hypers_[g].keeps_ema()) {
-        views.append(py::none());
-        continue;
-      }
-      if (!slot.has_values(kEma)) {
-        check_layout(slot);
-        const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
-        memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
-      }
-      views.append(fresh_view(slot.array(kEma)));
-    }
-    all.append(views);
-  }
-  return all;
-}
-
-void Optimizer::reset_state(size_t index, int64_t step, const std::vector<std::string>& present) {
-  Slot& slot = slots_.at(index);
-  slot.step = step;
-  for (const StreamInfo& info : kStreamTable) {
-    if (!is_ours(info) || !slot.has(info.stream)) continue;
-    const bool there = std::find(present.begin(), present.end(), info.name) != present.end();
-    const ArrayFacts& param = slot.layout();
-    const int64_t bytes = bytes_of(info.stream, param.dtype, param.size);
-    if (!there) memset(slot.streams.at[info.stream], 0, static_cast<size_t>(bytes));
-    slot.set_values(info.stream, there || info.initial == Initial::kZeros);
-  }
-}
-
-// --- Averages in the place of parameters -------------------------------------------------------
-
-namespace {
-
-void exchange(Slot& slot) {
-  char* const param = static_cast<char*>(slot.streams.at[kParam]);
-  char* const ema = static_cast<char*>(slot.streams.at[kEma]);
-  std::swap_ranges(param, param + bytes_of(kEma, slot.layout().dtype, slot.layout().size), ema);
-  slot.holds_average = !slot.holds_average;
-}
-
-}  // namespace
-
-void Optimizer::require_averages() const {
-  if (std::none_of(hypers_.begin(), hypers_.end(), [](auto& h) { return h.keeps_ema(); })) {
-    throw py::value_error("there are no averages: Adam(..., ema_decay=0.999) keeps them.");
-  }
-}
-
-void Optimizer::use_averages(py::handle param_groups) {
-  StepScope scope(*this);
-  read_groups(param_groups);
-  require_averages();
-  // Equal to its param until its first step.
-  const auto differs = [&](const Slot& slot) {
-    return hypers_[slot.group].keeps_ema() && slot.has_values(kEma);
-  };
-  for (Slot& slot : slots_) {
-    if (differs(slot)) check_param(slot);
-  }
-  if (!memory_is_indexed_) index_memory();
-  const WithoutGil no_gil;
-  for (Slot& slot : slots_) {
-    if (differs(slot)) exchange(slot);
-  }
-  scope.leave_for(Use::kAverages);
-}
-
-void Optimizer::use_params() {
-  Exclusive exclusive(*this, Use::kAverages);
-  std::exception_ptr problem;
-  for (Slot& slot : slots_) {
-    if (!slot.holds_average) continue;
-    try {
-      const void* const before = slot.streams.at[kParam];
-      check_layout(slot);
-      // It could be written when it was exchanged. Where it still is at its place, a flag that says
-      // otherwise since, to protect it, does not keep it from its own values.
-      if (slot.streams.at[kParam] != before) check_param(slot);
-    } catch (...) {
-      if (!problem) problem = std::current_exception();
-      continue;
-    }
-    const WithoutGil no_gil;
-    exchange(slot);
-  }
-  if (problem) std::rethrow_exception(problem);
-  exclusive.leave_for(Use::kNone);
 }
 
 }  // namespace fused_adam

@@ -14,6 +14,7 @@
 #include "../overlap.hpp"
 #include "../step.hpp"
 #include "arrays.hpp"
+#include "exclusive.hpp"
 #include "options.hpp"
 #include "slot.hpp"
 #include "structure.hpp"
@@ -59,15 +60,19 @@ class Optimizer {
   // own use, as the arrays are the optimizer's own. None where one has no such stream.
   py::dict all_state() const;
 
-  // {"exp_avg": ("float32", (3, 4)), ...}: what each stream of ours is or would be.
-  py::dict layouts(size_t index) const;
-  // Makes streams that these parameters do not have yet: all of them or none. Needs exclusive use.
-  void make_streams(const std::vector<std::pair<size_t, std::string>>& wanted);
+  // What parameters and streams of ours are or would be: a dict {"param": ("float32", (3, 4), "C"),
+  // "exp_avg": ...} for each kind of parameter, and a list with the number of its kind for each.
+  py::tuple kinds() const;
+  // {"exp_avg": [array, ...]}: the optimizer's own arrays of the parameters that {"exp_avg":
+  // [index, ...]} names, made where there were none: all of them or none. Needs exclusive use.
+  py::dict streams(const py::dict& wanted);
   // Those that the options of the groups ask for. Needs exclusive use.
   void make_wanted_streams(py::handle param_groups);
-  // The state of a parameter is about to be written from outside: its step count, and the streams
-  // that will have values. The others are as at the beginning. Needs exclusive use.
-  void reset_state(size_t index, int64_t step, const std::vector<std::string>& present);
+  // Takes over step counts and copies of arrays, {"exp_avg": [array or None, ...]}, which have the
+  // layouts of their streams; what is not given is as at the beginning. Then updates groups by new
+  // options. All of it or nothing, whatever interrupts it. Needs exclusive use.
+  void set_state(const std::vector<int64_t>& steps, const py::dict& streams,
+                 const std::vector<std::pair<py::dict, py::dict>>& new_options);
 
   // Buffers for the gradients of a group.
   py::list new_grads(size_t group) const;
@@ -81,9 +86,7 @@ class Optimizer {
   // Where a param cannot be exchanged back, the others are, and the optimizer stays as it was.
   void use_params();
 
-  // Exclusive use, as a context manager: RuntimeError where another thread has it.
-  void enter() { take(Use::kNone); }
-  void exit() { use_.store(Use::kNone, std::memory_order_release); }
+  std::atomic<Use>& use() { return use_; }
 
  private:
   struct Group {
@@ -92,20 +95,13 @@ class Optimizer {
     std::string root, name;  // "params", "param_groups[0]"
     size_t first, count;     // its slots
   };
-  enum class Use {
-    kNone,
-    kCall,      // somebody has exclusive use
-    kAverages,  // they are in the place of their params
-  };
-  class Exclusive;
   class StepScope;
 
-  void take(Use from);
   Place place(const char* role, const Slot& slot) const;
   static Place place_in(const Group& group, const char* role, size_t leaf);
-  // Lists all that may be written, with slots of a group that is being added; ValueError where two
-  // of their arrays overlap.
-  void list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group& group);
+  // Lists all that may be written, with slots of a group that is being added, if any; ValueError
+  // where two of their arrays overlap.
+  void list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group* group);
   void index_memory();
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
@@ -118,8 +114,9 @@ class Optimizer {
   void notice_moved_params();
   void check_grads_are_clearable(const char* reason);
   bool check_and_plan(bool zero_grad);
-  template <class Wanted>
-  void add_missing(Wanted wanted);  // wanted(i): the streams that slot i needs, a bit for each
+  // Of each slot, by the options read last: the streams that it needs, a bit for each.
+  std::vector<unsigned> wanted_by_options() const;
+  void add_missing(const std::vector<unsigned>& wanted);
   void require_averages() const;
 
   const Isa& isa_;
@@ -141,6 +138,27 @@ class Optimizer {
   std::vector<py::dict> dicts_;
   std::vector<HyperParameters> hypers_;
   std::atomic<Use> use_{Use::kNone};
+};
+
+// Exclusive use, and no reference to a gradient is kept afterwards, however the step ends.
+class Optimizer::StepScope {
+ public:
+  explicit StepScope(Optimizer& optimizer) : exclusive_(optimizer.use_), optimizer_(optimizer) {}
+  ~StepScope() {
+    optimizer_.grads_.clear();
+    optimizer_.dicts_.clear();
+    optimizer_.hypers_.clear();
+    optimizer_.cleared_.clear();
+    optimizer_.plan_.begin(false);
+  }
+  StepScope(const StepScope&) = delete;
+  StepScope& operator=(const StepScope&) = delete;
+
+  void leave_for(Use next) { exclusive_.leave_for(next); }
+
+ private:
+  Exclusive exclusive_;
+  Optimizer& optimizer_;
 };
 
 }  // namespace fused_adam

@@ -1,5 +1,7 @@
 #include "slot.hpp"
 
+#include <string.h>
+
 namespace fused_adam {
 
 Slot::Slot(py::object param, const Place& place, size_t group_index, size_t leaf_index)
@@ -20,6 +22,17 @@ NewArray Slot::new_array(Stream stream) const {
   ArrayFacts facts = layout_;
   facts.data = py::detail::array_proxy(param().ptr())->data;  // where it is now
   return {facts, stream};
+}
+
+void Slot::begin_state(int64_t steps, unsigned given) {
+  step = steps;
+  for (const StreamInfo& info : kStreamTable) {
+    if (!is_ours(info) || !has(info.stream)) continue;
+    const bool is_given = (given >> info.stream & 1u) != 0;
+    const int64_t bytes = bytes_of(info.stream, layout_.dtype, layout_.size);
+    if (!is_given) memset(streams.at[info.stream], 0, static_cast<size_t>(bytes));
+    set_values(info.stream, is_given || info.initial == Initial::kZeros);
+  }
 }
 
 void Slot::add_to(WrittenMemory& memory, int64_t owner) {

@@ -41,6 +41,10 @@ class Slot {
     awaited_ = there ? awaited_ & ~(1u << stream) : awaited_ | 1u << stream;
   }
 
+  // As loaded: this many steps, and values in these streams, a bit for each. The others are as at
+  // the beginning.
+  void begin_state(int64_t steps, unsigned given);
+
   // Lists what a step may write. owner: its number for the first stream, counted on from there.
   void add_to(WrittenMemory& memory, int64_t owner);
 

@@ -60,16 +60,22 @@ def copy_state(core: _core.Optimizer) -> list[Entry]:
     ]
 
 
-def restore_state(core: _core.Optimizer, entries: list[Entry]) -> None:
-    """Write checked entries into the optimizer; what an entry does not have is as at the beginning."""
-    streams = [[name for name in entry if name != "step"] for entry in entries]
-    # Memory first: the only thing that can fail.
-    core.make_streams([(index, name) for index, present in enumerate(streams) for name in present])
-    for index, (entry, present) in enumerate(zip(entries, streams, strict=True)):
-        core.reset_state(index, int(entry["step"]), present)
-        live = core.state(index)
-        for name in present:
-            live[name][...] = entry[name]
+def restore_state(
+    core: _core.Optimizer, entries: list[Entry], new_options: Iterable[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    """Write checked entries into the optimizer; what an entry does not have is as at the beginning.
+
+    new_options: groups, and what to update them by.
+    """
+    kinds, of_param = core.kinds()
+    arrays = {
+        name: [
+            np.asarray(entry[name], order=kinds[kind][name][2]) if name in entry else None
+            for entry, kind in zip(entries, of_param, strict=True)
+        ]
+        for name in STATE
+    }
+    core.set_state([int(entry["step"]) for entry in entries], arrays, list(new_options))
 
 
 def load_state_dict(
@@ -116,16 +122,14 @@ def load_state_dict(
     wanted = [
         _core.streams_of(o) for o, group in zip(new_options, groups, strict=True) for _ in group["params"]
     ]
+    kinds, of_param = core.kinds()
     entries = [
-        _read_entry(saved_state[key], f"state_dict['state'][{key!r}]", core.layouts(index), wanted[index])
+        _read_entry(saved_state[key], f"state_dict['state'][{key!r}]", kinds[kind], wanted_here)
         if key in saved_state
         else {"step": 0}
-        for index, key in enumerate(ids)
+        for key, kind, wanted_here in zip(ids, of_param, wanted, strict=True)
     ]
-
-    restore_state(core, entries)
-    for group, options in zip(groups, new_options, strict=True):
-        group.update(options)
+    restore_state(core, entries, zip(groups, new_options, strict=True))
 
 
 def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> list[Any]:
@@ -150,7 +154,7 @@ def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> li
 
 
 def _read_entry(
-    saved: Any, where: str, layouts: dict[str, tuple[str, tuple[int, ...]]], wanted: list[str]
+    saved: Any, where: str, layouts: Mapping[str, tuple[str, tuple[int, ...], str]], wanted: list[str]
 ) -> Entry:
     _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
     if not saved:  # PyTorch's, of a parameter that never had a gradient
@@ -163,7 +167,7 @@ def _read_entry(
     entry: Entry = {"step": _read_step(saved["step"], f"{where}['step']")}
     for name in STATE:
         if name in saved:
-            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", *layouts[name])
+            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", *layouts[name][:2])
     return entry
 
 

@@ -13,9 +13,9 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import compress
+from itertools import accumulate, pairwise
 from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
@@ -25,26 +25,22 @@ from fused_adam import _checkpoint, _core
 from fused_adam._checkpoint import CheckpointError
 from fused_adam._file_header import (
     DAMAGED,
-    DTYPES,
     FORMAT,
     NO_CHECKPOINT,
     Header,
+    NewHeader,
     Refusal,
-    Tensors,
     as_json,
     checksums_in,
-    crc32_template,
     entries_in,
     header_room,
-    header_text,
-    param_kinds,
+    kinds_in,
     read_header,
     refuse,
     require,
-    seal,
     shown,
-    table_of,
 )
+from fused_adam._file_table import DTYPES, Kinds, Table, params_text
 from fused_adam._replace import Writer, open_at_once, replacing
 from fused_adam._tables import DEFAULTS, STATE, STREAMS, features
 
@@ -56,6 +52,7 @@ _VIEW: Final = 1 << 24  # where they need no copy: bytes that a thread hashes me
 _SMALL: Final = 1 << 14  # bytes up to which arrays share a block: a call of the system costs as much as 4 kB
 _REPORTED: Final = 1 << 20  # bytes between two calls of a progress function
 _TENSOR: Final = re.compile(r'"state\.([0-9]{1,9})\.([a-z_]+)"')
+_PER_ENTRY: Final = {stream.name: stream.elements_per_entry for stream in STREAMS}
 _IS_NATIVE: Final = sys.byteorder == "little"
 
 
@@ -68,39 +65,38 @@ def save(
     defaults: Mapping[str, Any],
 ) -> None:
     state = core.all_state()
-    tensors = _tensors(np.array(state["step"], np.int64), state)
-    present = [name for name in STATE if any(array is not None for array in state[name])]
+    kinds = core.kinds()
+    table = Table(kinds, np.array(state.pop("step"), np.int64), state)
+    streams = _streams_as_json(table)
     saved = _checkpoint.saved_groups(groups, names)
     _core.check_options({**defaults}, "defaults")  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
-        "requires": json.dumps(features([*groups, defaults], present)),
-        "streams": json.dumps({s.name: s.elements_per_entry for s in STREAMS if s.name in present}),
-        "params": json.dumps(param_kinds(_params(groups)), separators=(",", ":")),
+        "requires": json.dumps(features([*groups, defaults], streams)),
+        "streams": json.dumps(streams),
+        "params": params_text(kinds),
         "param_groups": json.dumps([_group_as_json(group, i) for i, group in enumerate(saved)]),
         "defaults": json.dumps(as_json(defaults, "defaults")),
     }
-    # Checksums are known once the arrays are written. Until then, zeros keep their place.
-    table = table_of(tensors)
-    crc32 = crc32_template(tensors.names)
-    header = header_text(metadata, crc32 % ((0,) * len(tensors.names)), table)
+    header = NewHeader(metadata, table.checksums(), table.members())
     room = header_room(len(core))
-    if len(header) > room:
+    if header.size > room:
         raise ValueError(
-            f"names and options take {len(header)} bytes in the file, more than the {room} it may have. "
+            f"names and options take {header.size} bytes in the file, more than the {room} it may have. "
             "Nothing was saved. Keep long lists out of opt.param_groups."
         )
-    counter = _Counter(tensors, progress)
+    counter = _Counter(table, progress)
     with replacing(path) as file, Writer(file, path) as writer:
-        writer.write(header)
+        file.seek(header.size)  # it comes last: checksums are known once the arrays are written
         checksums: list[int] = []
-        for run in _runs(tensors.arrays):
+        for run in table.runs(_SMALL, _BLOCK):
             write = _write_small if len(run) > 1 else _write_one
             checksums += write(writer, counter, *run)
         file.seek(0)
-        writer.write(seal(header_text(metadata, crc32 % tuple(checksums), table)))
+        for piece in header.sealed(checksums):
+            writer.write(piece)
 
 
 def load(
@@ -113,7 +109,7 @@ def load(
     defaults: dict[str, Any],
 ) -> None:
     """Fill a new optimizer. Where this fails, some of its moments have been written already: drop it."""
-    path = os.fspath(path)  # a number is no file descriptor of somebody else
+    path = os.fsdecode(path)  # a number is no file descriptor of somebody else
     with open(path, "rb", opener=open_at_once) as file:
         try:
             _load(file, core, groups, names, fixed_options, progress, defaults)
@@ -139,58 +135,30 @@ def _load(
     _check_options(new_defaults, "defaults")
 
     label = partial(_label, names, groups)
-    _require_params(saved, param_kinds(_params(groups)), label)
+    kinds = core.kinds()
+    _require_params(saved, kinds, label)
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
-    present: list[list[str]] = [[] for _ in range(len(core))]
-    for index, name in _TENSOR.findall(saved.crc32):
-        if int(index) < len(core) and name in STATE:
-            present[int(index)].append(name)
-    if saved.streams is not None:
-        _require_streams(saved.streams, {name for names_here in present for name in names_here})
-    core.make_streams([(i, name) for i, names_here in enumerate(present) for name in names_here])
-    for i, names_here in enumerate(present):
-        core.reset_state(i, 0, names_here)
-    state = core.all_state()
-    for name in STATE:
-        state[name] = [
-            array if name in names_here else None
-            for array, names_here in zip(state[name], present, strict=True)
-        ]
-    steps = np.zeros(len(core), np.int64)
-    tensors = _tensors(steps, state)
-    _require_layout(file, saved, tensors, label)
+    count = len(core)
+    found = _present(saved, count)
+    present = {name: found[name] for name in STATE if name in found}  # the order that the file has
+    streams: dict[str, Sequence[Array | None]] = {}
+    for name, arrays in core.streams(present).items():
+        of_param = dict(zip(present[name], arrays, strict=True))
+        streams[name] = arrays if len(arrays) == count else [of_param.get(i) for i in range(count)]
+    steps = np.zeros(count, np.int64)
+    table = Table(kinds, steps, streams)
+    _require_layout(file, saved, table, label)
 
-    counter = _Counter(tensors, progress)
+    counter = _Counter(table, progress)
     checksums: list[int] = []
-    for run in _runs(tensors.arrays):
+    for run in table.runs(_SMALL, _BLOCK):
         read = _read_small if len(run) > 1 else _read_one
         checksums += read(file, counter, *run)
-    _require_checksums(saved, tensors, checksums, label)
-    for index, step in enumerate(steps.tolist()):
-        if not 0 <= step <= _checkpoint.MAX_STEP:
-            refuse(f"the step count of {label(index)} is {step}. {DAMAGED}")
-    for index, step in enumerate(steps.tolist()):
-        core.reset_state(index, step, present[index])
-    for group, new in zip(groups, options, strict=True):
-        group.update(new)
+    _require_checksums(saved, table, checksums, label)
+    for index in np.flatnonzero((steps < 0) | (steps > _checkpoint.MAX_STEP))[:1].tolist():
+        refuse(f"the step count of {label(index)} is {steps[index]}. {DAMAGED}")
+    core.set_state(steps.tolist(), streams, list(zip(groups, options, strict=True)))
     defaults.update(new_defaults)
-
-
-def _tensors(steps: npt.NDArray[np.int64], state: dict[str, list[Any]]) -> Tensors:
-    """The arrays of all parameters; those of float64 first, so that all are aligned in the file."""
-    keys = [key for key in state if key != "step"]
-    all_names = [f"state.{i}.{key}" for i in range(len(steps)) for key in keys]
-    all_arrays = [array for row in zip(*(state[key] for key in keys), strict=True) for array in row]
-    names, arrays = ["step"], [steps]
-    for size in sorted({array.itemsize for array in all_arrays if array is not None}, reverse=True):
-        is_next = [array is not None and array.itemsize == size for array in all_arrays]
-        names += compress(all_names, is_next)
-        arrays += compress(all_arrays, is_next)
-    return Tensors(names, arrays)
-
-
-def _params(groups: list[dict[str, Any]]) -> list[Array]:
-    return [param for group in groups for param in group["params"]]
 
 
 def _group_as_json(group: dict[str, Any], i: int) -> dict[str, Any]:
@@ -199,19 +167,38 @@ def _group_as_json(group: dict[str, Any], i: int) -> dict[str, Any]:
     return {**as_json(options, f"param_groups[{i}]"), **ours}  # ours are long, and nobody's to edit
 
 
+def _streams_as_json(table: Table) -> dict[str, Any]:
+    """Those that there are: how they are stored, and which parameters have one, where not all have."""
+    return {
+        name: {"elements_per_entry": _PER_ENTRY[name], **({} if owners is None else {"params": owners})}
+        for name, owners in table.owners().items()
+    }
+
+
+def _present(saved: Header, count: int) -> dict[str, list[int]]:
+    """The reverse: for each stream the parameters that have it, in order."""
+    present: dict[str, list[int]] = {}
+    if saved.streams is None:
+        for index, name in _TENSOR.findall(saved.crc32):
+            if int(index) < count and name in STATE:
+                present.setdefault(name, []).append(int(index))
+        return {name: sorted(set(indices)) for name, indices in present.items()}
+    for name, row in saved.streams.items():
+        require(name in STATE and isinstance(row, dict), NO_CHECKPOINT)
+        per_entry = row.get("elements_per_entry")
+        is_same = type(per_entry) is int and per_entry == _PER_ENTRY[name]
+        require(is_same, f"its {name} is stored in another way, or {NO_CHECKPOINT}")
+        if "params" in row:
+            present[name] = row["params"]
+            require(isinstance(present[name], list), NO_CHECKPOINT)
+            require(all(type(i) is int and 0 <= i < count for i in present[name]), NO_CHECKPOINT)
+            require(len(set(present[name])) == len(present[name]), NO_CHECKPOINT)
+        else:
+            present[name] = list(range(count))
+    return present
+
+
 # --- Arrays and bytes: those of the file are little-endian, in C order --------------------------------
-
-
-def _runs(arrays: list[Array]) -> Iterator[list[Array]]:
-    """Neighbours: small arrays of one dtype that fit into one block, or a single array."""
-    begin = size = 0
-    for k, array in enumerate(arrays):
-        weight = max(array.nbytes, 1) if array.nbytes <= _SMALL else _BLOCK
-        if size + weight > _BLOCK or array.dtype != arrays[begin].dtype:
-            yield arrays[begin:k]
-            begin, size = k, 0
-        size += weight
-    yield arrays[begin:]
 
 
 def _write_small(writer: Writer, counter: _Counter, *run: Array) -> list[int]:
@@ -230,16 +217,18 @@ def _write_one(writer: Writer, counter: _Counter, array: Array) -> list[int]:
 
 
 def _read_small(file: BinaryIO, counter: _Counter, *run: Array) -> list[int]:
-    block = np.empty(sum(array.nbytes for array in run), np.uint8)
+    ends = list(accumulate([array.nbytes for array in run], initial=0))
+    block = np.empty(ends[-1], np.uint8)
     _read_into(file, block)
-    data, elements = block.data, block.view(run[0].dtype.newbyteorder("<"))
-    checksums = []
-    end = 0
-    for array in run:
-        begin, end = end, end + array.size
-        checksums.append(zlib.crc32(data[begin * array.itemsize : end * array.itemsize]))
-        if begin < end:
-            array.flat[:] = elements[begin:end]
+    data = block.data
+    checksums = [zlib.crc32(data[begin:end]) for begin, end in pairwise(ends)]
+    elements = block.view(run[0].dtype.newbyteorder("<"))
+    if not (_IS_NATIVE and _core.scatter(elements, run)):
+        end = 0
+        for array in run:
+            begin, end = end, end + array.size
+            if begin < end:
+                array.flat[:] = elements[begin:end]
     counter.add(block.nbytes)
     return checksums
 
@@ -295,9 +284,9 @@ def _read_into(file: BinaryIO, block: Array) -> None:
 class _Counter:
     """Tells a function of the caller how many bytes are done, of how many."""
 
-    def __init__(self, tensors: Tensors, progress: Progress | None) -> None:
+    def __init__(self, table: Table, progress: Progress | None) -> None:
         self._progress = progress
-        self._total = sum(array.nbytes for array in tensors.arrays)
+        self._total = int(table.sizes.sum())
         self._done = 0
         self._reported = 0
 
@@ -398,8 +387,12 @@ def _check_options(options: dict[str, Any], where: str) -> None:
         refuse(f"it holds options that no optimizer has: {error} {DAMAGED}")
 
 
-def _require_params(saved: Header, params: list[list[Any]], label: Callable[[int], str]) -> None:
-    found = saved.params if saved.params is not None else _params_of_format_1(saved, len(params))
+def _require_params(saved: Header, kinds: Kinds, label: Callable[[int], str]) -> None:
+    expected = params_text(kinds)
+    if saved.params == expected:
+        return
+    params = json.loads(expected)
+    found = _params_of_format_1(saved, len(params)) if saved.params is None else kinds_in(saved.params)
     require(len(found) == len(params), NO_CHECKPOINT)
     for i, (was, here) in enumerate(zip(found, params, strict=True)):
         if was == here:
@@ -413,45 +406,36 @@ def _require_params(saved: Header, params: list[list[Any]], label: Callable[[int
         )
 
 
-def _require_streams(found: dict[str, Any], present: set[str]) -> None:
-    expected = {s.name: s.elements_per_entry for s in STREAMS if s.name in present}
-    for name, per_entry in expected.items():
-        require(found.get(name) == per_entry, f"its {name} is stored in another way, or {NO_CHECKPOINT}")
-    require(found == expected, NO_CHECKPOINT)
-
-
 def _params_of_format_1(saved: Header, count: int) -> list[Any]:
     """It did not say what the parameters were; their moments were the same."""
     entries = entries_in(saved.table)
-    dtypes = {name: str(dtype) for dtype, name in DTYPES.items()}
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
     found: list[Any] = [entries.get(f"state.{i}.exp_avg") for i in range(count)]
     require(all(isinstance(entry, dict) for entry in found), NO_CHECKPOINT)
     return [[dtypes.get(str(entry.get("dtype")), "an unknown dtype"), entry.get("shape")] for entry in found]
 
 
-def _require_layout(file: BinaryIO, saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
-    if saved.table != table_of(tensors):
-        _require_entries(saved, tensors, label)
-    size = saved.size + sum(array.nbytes for array in tensors.arrays)
+def _require_layout(file: BinaryIO, saved: Header, table: Table, label: Callable[[int], str]) -> None:
+    if saved.table != table.members():
+        _require_entries(saved, table, label)
+    size = saved.size + int(table.sizes.sum())
     found_size = os.fstat(file.fileno()).st_size
     problem = "is cut off" if found_size < size else "has something appended"
     require(found_size == size, f"it {problem}: it has {found_size} bytes instead of {size}. {DAMAGED}")
 
 
-def _require_checksums(
-    saved: Header, tensors: Tensors, found: list[int], label: Callable[[int], str]
-) -> None:
-    if saved.crc32 == crc32_template(tensors.names) % tuple(found):
+def _require_checksums(saved: Header, table: Table, found: list[int], label: Callable[[int], str]) -> None:
+    if saved.crc32 == table.checksums() % tuple(found):
         return
-    _require_entries(saved, tensors, label)
+    _require_entries(saved, table, label)
     checksums = checksums_in(saved.crc32)
-    for name, checksum in zip(tensors.names, found, strict=True):
+    for name, checksum in zip(table.names(), found, strict=True):
         if checksum != checksums[name]:
             refuse(f"it is damaged: {_what(name, label)} has another checksum. {DAMAGED}")
 
 
-def _require_entries(saved: Header, tensors: Tensors, label: Callable[[int], str]) -> None:
-    expected, entries = entries_in(table_of(tensors)), entries_in(saved.table)
+def _require_entries(saved: Header, table: Table, label: Callable[[int], str]) -> None:
+    expected, entries = entries_in(table.members()), entries_in(saved.table)
     checksums = checksums_in(saved.crc32)
     # Only a file that this package has not written differs. As texts, 1 is not 1.0, nor True.
     for name, wanted in expected.items():

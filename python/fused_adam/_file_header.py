@@ -11,11 +11,8 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Final, NamedTuple, NoReturn
-
-import numpy as np
-import numpy.typing as npt
 
 from fused_adam import _checkpoint, _core
 from fused_adam._tables import OPTIONS, STREAMS, unknown_features
@@ -28,7 +25,6 @@ _MAX_HEADER: Final = 100_000_000  # bytes; the safetensors library reads no more
 _HEADER_ROOM: Final = 1 << 16
 _HEADER_ROOM_PER_PARAM: Final = 2048
 _ALIGNMENT: Final = 64  # of the first array in the file
-DTYPES: Final = {np.dtype("<i8"): "I64", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 _CRC_FIELD: Final = b'"header_crc32":"%s"'
 _NO_CRC: Final = b"00000000"
 _ANY_CRC: Final = re.compile(_CRC_FIELD % b"([0-9a-f]{8})")
@@ -46,20 +42,13 @@ class Refusal(Exception):
     """What a CheckpointError says about a file, without its name."""
 
 
-class Tensors(NamedTuple):
-    """What is in a file, in its order: "step", and a "state.0.exp_avg" for each array of moments."""
-
-    names: list[str]
-    arrays: list[npt.NDArray[Any]]
-
-
 class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
-    params: list[Any] | None  # as param_kinds() makes it; format 1 had none
-    streams: dict[str, Any] | None  # the elements of a param for which each has an entry; likewise
-    # Texts, as crc32_template() and table_of() make them for the same tensors. Where they are what is
-    # expected, they need not be parsed, which would take longer than all else for 100,000 arrays.
+    streams: dict[str, Any] | None  # as _streams_as_json() makes it; format 1 had none
+    # Texts, as Table makes them for the same arrays. Where they are what is expected, they need not be
+    # parsed, which would take longer than all else for 100,000 arrays.
+    params: str | None  # likewise
     crc32: str
     table: str
     size: int  # of the header
@@ -69,57 +58,34 @@ def header_room(params: int) -> int:
     return min(_MAX_HEADER, _HEADER_ROOM + _HEADER_ROOM_PER_PARAM * params)
 
 
-def header_text(metadata: Mapping[str, str], crc32: str, table: str) -> bytes:
-    """The header before seal()."""
-    more = {
-        "header_crc32": _NO_CRC.decode(),  # first: it is found as the first of this name
-        "crc32": crc32,
-    }
-    text = f"{_START}{json.dumps({**more, **metadata}, separators=(',', ':'))},{table}}}".encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+class NewHeader:
+    """A header to be written. Its size is known before the checksums are, which have 8 digits each."""
+
+    def __init__(self, metadata: Mapping[str, str], checksums: str, members: str) -> None:
+        # Its own checksum first: it is found as the first of this name.
+        self._begin = f'{_START}{{{(_CRC_FIELD % _NO_CRC).decode()},"crc32":'.encode()
+        self._checksums = json.dumps(checksums)
+        size = len(self._checksums) + checksums.count("%08x") * (8 - len("%08x"))
+        end = f",{json.dumps(metadata, separators=(',', ':'))[1:]},{members}}}".encode()
+        self._end = end + b" " * (-(8 + len(self._begin) + size + len(end)) % _ALIGNMENT)
+        self._length = len(self._begin) + size + len(self._end)
+        self.size = 8 + self._length
+
+    def sealed(self, checksums: Sequence[int]) -> list[bytes]:
+        """In pieces, with the checksums of the arrays in their places, and its own in its place."""
+        length = self._length.to_bytes(8, "little")
+        middle = (self._checksums % tuple(checksums)).encode()
+        checksum = 0
+        for piece in (length, self._begin, middle, self._end):
+            checksum = zlib.crc32(piece, checksum)
+        return [length, self._begin.replace(_NO_CRC, b"%08x" % checksum), middle, self._end]
 
 
-def seal(text: bytes) -> bytes:
-    """With its checksum in its place."""
-    return text.replace(_CRC_FIELD % _NO_CRC, _CRC_FIELD % (b"%08x" % zlib.crc32(text)), 1)
-
-
-# These two write JSON by hand: the json module takes ten times as long for 100,000 arrays.
-
-
-def crc32_template(names: Sequence[str]) -> str:
-    """The checksums as a JSON object, once they are put in by %."""
-    return "{" + ", ".join([f'"{name}": "%08x"' for name in names]) + "}"
-
-
-def table_of(tensors: Tensors) -> str:
-    """Type, shape and place of each tensor, as the members of a JSON object."""
-    members = []
-    kinds: dict[Any, str] = {}  # most arrays have one of a few
-    end = 0
-    for name, array in zip(*tensors, strict=True):
-        begin, end = end, end + array.nbytes
-        key = array.dtype, array.shape
-        kind = kinds.get(key)
-        if kind is None:
-            dtype, shape = DTYPES[array.dtype.newbyteorder("<")], ",".join(map(str, array.shape))
-            kind = kinds[key] = f'"dtype":"{dtype}","shape":[{shape}],"data_offsets"'
-        members.append(f'"{name}":{{{kind}:[{begin},{end}]}}')
-    return ",".join(members)
-
-
-def param_kinds(params: Iterable[npt.NDArray[Any]]) -> list[list[Any]]:
-    """Dtype and shape of each parameter."""
-    names: dict[Any, str] = {}  # str() of a dtype takes longer than all else
-    kinds = []
-    for param in params:
-        dtype = param.dtype
-        name = names.get(dtype)
-        if name is None:
-            name = names[dtype] = str(dtype)
-        kinds.append([name, list(param.shape)])
-    return kinds
+def kinds_in(params: str) -> list[Any]:
+    try:
+        return _parse_list(params)
+    except (ValueError, TypeError, RecursionError):
+        refuse(NO_CHECKPOINT)
 
 
 def checksums_in(crc32: str) -> dict[str, int]:
@@ -223,10 +189,10 @@ def read_header(file: BinaryIO, room: int) -> Header:
         unknown = [] if is_1 else unknown_features(_parse_list(metadata["requires"]))
         groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
-        params = None if is_1 else _parse_list(metadata["params"])
+        params = None if is_1 else metadata["params"]
         streams = None if is_1 else _parse_dict(metadata["streams"])
         crc32 = metadata["crc32"]
-        if not isinstance(crc32, str):
+        if not (isinstance(crc32, str) and (is_1 or isinstance(params, str))):
             raise TypeError
         for options in (*groups, defaults):
             if isinstance(options.get("betas"), list):
@@ -237,7 +203,7 @@ def read_header(file: BinaryIO, room: int) -> Header:
         not unknown,
         f"it needs {shown(unknown)}, which fused-adam {_core.__version__} does not know. Upgrade it",
     )
-    return Header(groups, defaults, params, streams, crc32, table[1:-1], 8 + length)
+    return Header(groups, defaults, streams, params, crc32, table[1:-1], 8 + length)
 
 
 def _require_version(version: str, writer: str) -> None:

@@ -105,7 +105,7 @@ class Writer:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
     """A file that takes the place of `path` once it is whole and on the disk, or never."""
-    target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    target = Path(os.path.realpath(os.fsdecode(path)))  # what a link points to is replaced, not the link
     old_mode = None
     with suppress(FileNotFoundError):
         old_mode = target.stat().st_mode

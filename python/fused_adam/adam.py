@@ -198,7 +198,7 @@ class Adam:
         held = self._grads or _Grads([], True, 0)
         is_list = isinstance(held.tree, (list, tuple))  # else the next step refuses what was set here
         if held.groups < len(self._core.structures) and (is_list or not held.grouped):
-            with self._core:
+            with _core.ExclusiveUse(self._core):
                 self._core.check_groups(self.param_groups)
                 structures, grouped = self._core.structures, self._core.grouped
                 trees = list(held.tree) if held.grouped else [held.tree]
@@ -241,6 +241,8 @@ class Adam:
         for i, group in enumerate(self._group_dicts()):
             _core.check_options(group, f"param_groups[{i}]")
         rates = {float(group["lr"]) for group in self.param_groups}
+        if not rates:
+            raise ValueError("the optimizer has no groups: its construction was refused.")
         if len(rates) > 1:
             raise ValueError(
                 f"the groups have different learning rates, {sorted(rates)}: see opt.param_groups[i]['lr']."
@@ -332,7 +334,7 @@ class Adam:
         ``torch.optim.Adam`` loads it once the arrays are tensors (``torch.from_numpy`` on each) and goes
         on with the same bits: the options say ``fused=True``, as these numbers are.
         """
-        with self._core:
+        with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
             return _checkpoint.state_dict(self._core, self.param_groups, self._names())
 
@@ -355,7 +357,7 @@ class Adam:
             Another number of groups or parameters, other names, shapes or dtypes, an option out of
             range, something missing or unknown. Nothing has changed then.
         """
-        with self._core:
+        with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
             _checkpoint.load_state_dict(
                 self._core,
@@ -410,7 +412,7 @@ class Adam:
         """
         from fused_adam import _file  # with what it imports it takes a third of the time of the package
 
-        with self._core:
+        with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
             _file.save(path, self._core, self.param_groups, self._names(), progress, self.defaults)
 
@@ -456,7 +458,7 @@ class Adam:
         from fused_adam import _file
 
         opt = cls(params, num_threads=num_threads)
-        with opt._core:
+        with _core.ExclusiveUse(opt._core):
             _file.load(
                 path, opt._core, opt.param_groups, opt._names(), cls._fixed_options, progress, opt.defaults
             )
@@ -476,7 +478,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         grads = None if self._grads is None else self.grads
-        with self._core:
+        with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
             for i, group in enumerate(self.param_groups):
                 _core.check_options(group, f"param_groups[{i}]")  # what is pickled must load
@@ -500,8 +502,8 @@ class Adam:
         groups, self.param_groups = self.param_groups, []  # the dicts of a shallow copy stay its original's
         for group, tree in zip(groups, saved["trees"], strict=True):
             self._add_group({**group, "params": tree}, grouped, frozen=True)
-        with self._core:
-            _checkpoint.restore_state(self._core, saved["state"])
+        with _core.ExclusiveUse(self._core):
+            _checkpoint.restore_state(self._core, saved["state"], [])
         self.grads = grads
 
     # --- private ---

@@ -1,0 +1,95 @@
+// Of class Optimizer: averages of its parameters, shown and exchanged with them.
+#include <string.h>
+
+#include <algorithm>
+#include <exception>
+
+#include "optimizer.hpp"
+#include "without_gil.hpp"
+
+namespace fused_adam {
+namespace {
+
+void exchange(Slot& slot) {
+  char* const param = static_cast<char*>(slot.streams.at[kParam]);
+  char* const ema = static_cast<char*>(slot.streams.at[kEma]);
+  std::swap_ranges(param, param + bytes_of(kEma, slot.layout().dtype, slot.layout().size), ema);
+  slot.holds_average = !slot.holds_average;
+}
+
+}  // namespace
+
+void Optimizer::require_averages() const {
+  if (std::none_of(hypers_.begin(), hypers_.end(), [](auto& h) { return h.keeps_ema(); })) {
+    throw py::value_error("there are no averages: Adam(..., ema_decay=0.999) keeps them.");
+  }
+}
+
+py::list Optimizer::averages(py::handle param_groups) {
+  const StepScope scope(*this);
+  read_groups(param_groups);
+  require_averages();
+  add_missing(wanted_by_options());
+  py::list all;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    py::list views;
+    for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
+      Slot& slot = slots_[i];
+      if (!hypers_[g].keeps_ema()) {
+        views.append(py::none());
+        continue;
+      }
+      if (!slot.has_values(kEma)) {
+        check_layout(slot);
+        const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
+        memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
+      }
+      views.append(fresh_view(slot.array(kEma)));
+    }
+    all.append(views);
+  }
+  return all;
+}
+
+void Optimizer::use_averages(py::handle param_groups) {
+  StepScope scope(*this);
+  read_groups(param_groups);
+  require_averages();
+  // Equal to its param until its first step.
+  const auto differs = [&](const Slot& slot) {
+    return hypers_[slot.group].keeps_ema() && slot.has_values(kEma);
+  };
+  for (Slot& slot : slots_) {
+    if (differs(slot)) check_param(slot);
+  }
+  if (!memory_is_indexed_) index_memory();
+  const WithoutGil no_gil;
+  for (Slot& slot : slots_) {
+    if (differs(slot)) exchange(slot);
+  }
+  scope.leave_for(Use::kAverages);
+}
+
+void Optimizer::use_params() {
+  Exclusive exclusive(use_, Use::kAverages);
+  std::exception_ptr problem;
+  for (Slot& slot : slots_) {
+    if (!slot.holds_average) continue;
+    try {
+      const void* const before = slot.streams.at[kParam];
+      check_layout(slot);
+      // It could be written when it was exchanged. Where it still is at its place, a flag that says
+      // otherwise since, to protect it, does not keep it from its own values.
+      if (slot.streams.at[kParam] != before) check_param(slot);
+    } catch (...) {
+      if (!problem) problem = std::current_exception();
+      continue;
+    }
+    const WithoutGil no_gil;
+    exchange(slot);
+  }
+  if (problem) std::rethrow_exception(problem);
+  exclusive.leave_for(Use::kNone);
+}
+
+}  // namespace fused_adam

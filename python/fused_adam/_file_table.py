@@ -1,0 +1,117 @@
+"""The arrays of a checkpoint file: their order, and what its header says of them.
+
+For 100,000 small arrays the time of a checkpoint is that of these texts. So most things are done for all
+arrays at once: a text for each kind of parameter is made once, and all numbers are put in by one `%`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+Kinds: TypeAlias = tuple[list[dict[str, tuple[str, tuple[int, ...], Literal["C", "F"]]]], list[int]]
+
+DTYPES: Final = {"int64": "I64", "float32": "F32", "float64": "F64"}  # as the safetensors format calls them
+
+
+class Table:
+    """The step counts, then an array for each stream of each parameter that has it.
+
+    Wider types come first, so that all are aligned in the file.
+
+    Parameters
+    ----------
+    kinds
+        What the parameters are, as the core says it: a dict for each kind, and for each parameter its kind.
+    steps
+        One for each parameter.
+    streams
+        By name, an array for each parameter, or None where it has no such stream.
+    """
+
+    def __init__(
+        self,
+        kinds: Kinds,
+        steps: npt.NDArray[np.int64],
+        streams: Mapping[str, Sequence[Array | None]],
+    ) -> None:
+        layouts, of_param = kinds
+        self._streams = list(streams)
+        count = len(self._streams)
+        self._layouts = [kind[name][:2] for kind in layouts for name in self._streams]
+        # A row for each parameter, a column for each stream.
+        kind = np.add.outer(np.array(of_param, np.intp) * count, np.arange(count)).ravel()
+        width = np.array([np.dtype(dtype).itemsize for dtype, _ in self._layouts])[kind]
+        arrays = list(chain.from_iterable(zip(*streams.values(), strict=True)))
+        is_there = np.array([array is not None for array in arrays])
+        self._is_there = is_there.reshape(-1, count)
+        by_width = [
+            np.flatnonzero(is_there & (width == w)) for w in sorted(set(width.tolist()), reverse=True)
+        ]
+        order = np.concatenate(by_width)
+        self._param = order // count
+        self._stream = (order % count).tolist()
+        self._kind = kind[order].tolist()
+        self.arrays: list[Array] = [steps, *map(arrays.__getitem__, order.tolist())]
+        self.sizes = np.array([array.nbytes for array in self.arrays])
+
+    def names(self) -> list[str]:
+        found = zip(self._param.tolist(), self._stream, strict=True)
+        return ["step", *(f"state.{param}.{self._streams[stream]}" for param, stream in found)]
+
+    def owners(self) -> dict[str, list[int] | None]:
+        """For each stream that there is, the parameters that have it; None for all."""
+        columns = zip(self._streams, self._is_there.T, strict=True)
+        return {
+            name: None if column.all() else np.flatnonzero(column).tolist()
+            for name, column in columns
+            if column.any()
+        }
+
+    def members(self) -> str:
+        """Type, shape and place of each array, as the members of a JSON object."""
+        forms = [
+            f'"state.%d.{self._streams[k % len(self._streams)]}":{_entry(dtype, shape)}'
+            for k, (dtype, shape) in enumerate(self._layouts)
+        ]
+        ends = self.sizes.cumsum()
+        numbers = np.stack([self._param, ends[:-1], ends[1:]], axis=1)
+        steps = f'"step":{_entry("int64", self.arrays[0].shape)}' % (0, self.sizes[0])
+        return ",".join([steps, *map(forms.__getitem__, self._kind)]) % tuple(numbers.ravel().tolist())
+
+    def checksums(self) -> str:
+        """Those of the arrays, as a JSON object, once they are put in by `%`."""
+        forms = [f'"state.%d.{name}": "%%08x"' for name in self._streams]
+        members = ['{"step": "%%08x"', *map(forms.__getitem__, self._stream)]
+        return f"{', '.join(members)}}}" % tuple(self._param.tolist())
+
+    def runs(self, small: int, block: int) -> Iterator[list[Array]]:
+        """Neighbours: arrays of one dtype that are small and fit into about one block, or a single array."""
+        is_large = self.sizes > small
+        blocks = np.where(is_large, block, np.maximum(self.sizes, 1)).cumsum() // block
+        dtypes = [dtype for dtype, _ in self._layouts]
+        dtype = np.array([-1, *map([dtypes.index(d) for d in dtypes].__getitem__, self._kind)])
+        is_end = is_large[1:] | is_large[:-1] | (np.diff(blocks) != 0) | (np.diff(dtype) != 0)
+        ends = [*(np.flatnonzero(is_end) + 1).tolist(), len(self.arrays)]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            yield self.arrays[begin:end]
+
+
+def params_text(kinds: Kinds) -> str:
+    """Dtype and shape of each parameter, as a JSON list."""
+    layouts, of_param = kinds
+    forms = [f'["{dtype}",[{_numbers(shape)}]]' for dtype, shape, _ in (kind["param"] for kind in layouts)]
+    return f"[{','.join(map(forms.__getitem__, of_param))}]"
+
+
+def _entry(dtype: str, shape: Sequence[int]) -> str:
+    return f'{{"dtype":"{DTYPES[dtype]}","shape":[{_numbers(shape)}],"data_offsets":[%d,%d]}}'
+
+
+def _numbers(shape: Sequence[int]) -> str:
+    return ",".join(map(str, shape))
