@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fused_adam
 from cases import EVERYTHING, Arrays
 from fused_adam import Adam, adam_step
 
@@ -228,3 +231,27 @@ def adam_step_arrays() -> dict[str, np.ndarray]:
 def adam_step_refused(arrays: dict[str, Any], error: type[Exception], message: str, **options: Any) -> None:
     with refused(error, message, None, arrays):
         adam_step(**arrays, **{"step": 3, **EVERYTHING, **options})
+
+
+def interrupt_at(event: int, call: Callable[[], Any]) -> bool:
+    """Raise KeyboardInterrupt at one line of this package during a call; False where it has fewer lines."""
+    package, seen = str(Path(fused_adam.__file__).parent), 0
+
+    def trace(frame: Any, kind: str, _: Any) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        seen += kind == "line"
+        if kind == "line" and seen == event:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fused_adam
 from fused_adam import Adam, AdamW, StepInfo, __version__, _core, adam_step, show_config
 from snapshots import (
     Scene,
@@ -23,6 +22,7 @@ from snapshots import (
     assert_same_bits,
     assert_same_state,
     assign,
+    interrupt_at,
     leaves,
     map_tree,
     random_like,
@@ -869,30 +869,6 @@ def test_buffers_that_are_no_list_do_not_stop_a_group_half_way() -> None:
     opt.step([np.ones(2), np.ones(3)])
 
 
-def interrupt_at(event: int, call: Callable[[], Any]) -> bool:
-    """Raise KeyboardInterrupt at one line of this package during a call; False where it has fewer lines."""
-    package, seen = str(Path(fused_adam.__file__).parent), 0
-
-    def trace(frame: Any, kind: str, _: Any) -> Any:
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(package):
-            return None
-        seen += kind == "line"
-        if kind == "line" and seen == event:
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_group_is_added_whole_or_not_at_all(grouped: bool) -> None:
     """Wherever add_param_group is interrupted, the optimizer goes on with the groups that it has."""
@@ -960,3 +936,34 @@ def test_the_core_itself_knows_whether_gradients_are_grouped() -> None:
         opt._core.add_group(opt.param_groups, group, _core.Structure(np.ones(2)), False, False)
     assert len(opt.param_groups) == len(opt.state) == 1
     opt.step(np.ones(3))
+
+
+def test_exclusive_use_that_is_lost_ends() -> None:
+    """From Python 3.14 on an interruption may come after it was taken and before the protected body."""
+    opt = Adam(np.ones(3))
+    use = _core.ExclusiveUse(opt._core)
+    with pytest.raises(RuntimeError, match="is in use"):
+        _core.ExclusiveUse(opt._core)
+    del use
+    with _core.ExclusiveUse(opt._core), pytest.raises(RuntimeError, match="is in use"):
+        opt.step(np.ones(3))
+    opt.step(np.ones(3))
+
+
+def test_what_is_left_of_a_refused_construction() -> None:
+    """A subclass may catch the refusal and go on: with an optimizer of nothing."""
+
+    class Half(Adam):
+        def __init__(self) -> None:
+            with pytest.raises(ValueError, match="strided"):
+                super().__init__(np.ones(6)[::2])
+
+    opt = Half()
+    assert len(opt.state) == 0 and repr(opt) == "Half(\n)"
+    with pytest.raises(ValueError, match="no groups"):
+        opt.lr  # noqa: B018
+    for call in (opt.zero_grad, opt.state_dict, lambda: opt.step([]), lambda: opt._core.zero([])):
+        call()
+    opt.add_param_group({"params": np.ones(2)})
+    opt.step([np.ones(2)])
+    assert opt.state[0]["step"] == 1

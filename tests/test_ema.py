@@ -567,6 +567,38 @@ def test_a_param_that_is_resized_inside() -> None:
     trained.assert_back()
 
 
+def test_a_block_that_is_lost_ends() -> None:
+    """From Python 3.14 on an interruption may come after entering and before the protected body."""
+    trained = Trained()
+    block = trained.opt.ema_weights()
+    block.__enter__()
+    assert_same_bits(trained.params, trained.averages)
+    del block
+    trained.assert_back()
+    trained = Trained()
+    with pytest.raises(KeyboardInterrupt):
+        enter_and_lose(trained)
+    trained.assert_back()
+
+
+def enter_and_lose(trained: Trained) -> None:
+    trained.opt.ema_weights().__enter__()
+    raise KeyboardInterrupt
+
+
+def test_a_lost_block_that_cannot_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    trained = Trained()
+    block = trained.opt.ema_weights()
+    block.__enter__()
+    trained.params[0]["b"].resize(1, refcheck=False)
+    del block
+    assert [type(found.exc_value) for found in told] == [ValueError]
+    with pytest.raises(RuntimeError, match=INSIDE):
+        trained.opt.state_dict()
+
+
 def test_from_two_threads() -> None:
     """One is inside: the other is refused, at once."""
     trained = Trained()

@@ -18,6 +18,7 @@ from snapshots import (
     Snapshot,
     assert_same_bits,
     assert_same_state,
+    interrupt_at,
     leaves,
     map_tree,
     random_like,
@@ -687,3 +688,49 @@ def test_step_counts_that_pass_what_a_float_holds() -> None:
     twin = small(0)
     twin.load_state_dict(opt.state_dict())
     assert [entry["step"] for entry in twin.state.values()] == [2**53 + 2] * 3
+
+
+def test_a_state_is_loaded_whole_or_not_at_all() -> None:
+    """Wherever load_state_dict is interrupted: what goes on is the old state, or the new one."""
+
+    def scene() -> tuple[list[np.ndarray], Adam]:
+        params = [np.ones(3), np.ones((2, 2), np.float32, order="F")]
+        opt = Adam(params, lr=0.5)
+        train(opt, params, [1])
+        return params, opt
+
+    params, other = scene()
+    other = Adam(params, lr=0.25, amsgrad=True, ema_decay=0.5)
+    train(other, params, [2, 3])
+    saved = other.state_dict()
+    event, outcomes = 0, []
+    interrupted = True
+    while interrupted:
+        event += 1
+        params, opt = scene()
+        interrupted = interrupt_at(event, lambda opt=opt: opt.load_state_dict(saved))
+        loaded = opt.param_groups[0]["lr"] == 0.25
+        twin_params, twin = scene()
+        if loaded:
+            twin.load_state_dict(saved)
+        assert_same_state(opt, twin)
+        train(opt, params, [4])
+        train(twin, twin_params, [4])
+        assert_same_bits(params, twin_params)
+        outcomes.append(loaded)
+    assert outcomes == sorted(outcomes) and set(outcomes) == {False, True} and event > 10
+
+
+def test_what_is_loaded_may_lie_in_memory_in_any_way() -> None:
+    params = {"c": np.ones((3, 2)), "f": np.asfortranarray(np.ones((3, 2)))}
+    opt = Adam(params)
+    train(opt, params, [1, 2])
+    saved = opt.state_dict()
+    odd = np.empty(8 * 6 + 1, np.uint8)[1:].view(np.float64).reshape(3, 2)
+    odd[...] = saved["state"][1]["exp_avg"]
+    saved["state"][0]["exp_avg"] = np.asfortranarray(saved["state"][0]["exp_avg"])
+    saved["state"][0]["exp_avg_sq"] = np.repeat(saved["state"][0]["exp_avg_sq"], 2, axis=0)[::2]
+    saved["state"][1]["exp_avg"] = odd
+    twin = Adam(map_tree(np.zeros_like, params))
+    twin.load_state_dict(saved)
+    assert_same_state(twin, opt)

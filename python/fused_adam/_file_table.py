@@ -46,19 +46,17 @@ class Table:
         self._layouts = [kind[name][:2] for kind in layouts for name in self._streams]
         # A row for each parameter, a column for each stream.
         kind = np.add.outer(np.array(of_param, np.intp) * count, np.arange(count)).ravel()
-        width = np.array([np.dtype(dtype).itemsize for dtype, _ in self._layouts])[kind]
+        width = np.array([np.dtype(dtype).itemsize for dtype, _ in self._layouts], np.intp)[kind]
         arrays = list(chain.from_iterable(zip(*streams.values(), strict=True)))
-        is_there = np.array([array is not None for array in arrays])
-        self._is_there = is_there.reshape(-1, count)
-        by_width = [
-            np.flatnonzero(is_there & (width == w)) for w in sorted(set(width.tolist()), reverse=True)
-        ]
-        order = np.concatenate(by_width)
+        is_there = np.array([array is not None for array in arrays], np.bool_)
+        self._is_there = is_there.reshape(len(of_param), count)
+        order = np.flatnonzero(is_there)
+        order = order[np.argsort(-width[order], kind="stable")]
         self._param = order // count
         self._stream = (order % count).tolist()
         self._kind = kind[order].tolist()
         self.arrays: list[Array] = [steps, *map(arrays.__getitem__, order.tolist())]
-        self.sizes = np.array([array.nbytes for array in self.arrays])
+        self.sizes = np.array([array.nbytes for array in self.arrays], np.int64)
 
     def names(self) -> list[str]:
         found = zip(self._param.tolist(), self._stream, strict=True)
