@@ -83,7 +83,27 @@ StepCoefficients<T> narrow(const Coefficients<double>& k, double ema_weight) {
   return out;
 }
 
+// Both a product with the reciprocal of a power of two and a division by it round the same number.
+template <class T>
+GradCoefficients<T> narrow(double grad_scale, double clip, double bound) {
+  const T scale = static_cast<T>(grad_scale), reciprocal = T(1) / scale;
+  int exponent;
+  const bool divides = std::frexp(scale, &exponent) != T(0.5) || std::isinf(reciprocal);
+  return {divides ? scale : reciprocal, static_cast<T>(clip), static_cast<T>(bound), divides};
+}
+
 }  // namespace
+
+GradCoefficientSet grad_coefficients(double grad_scale, double clip, double bound) {
+  const DefaultFloatMode mode;
+  return {narrow<float>(grad_scale, clip, bound), narrow<double>(grad_scale, clip, bound)};
+}
+
+double clip_coefficient(double max_norm, double norm) {
+  const DefaultFloatMode mode;
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
 
 CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   const DefaultFloatMode mode;

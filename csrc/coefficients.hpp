@@ -23,8 +23,14 @@ struct HyperParameters {
   bool maximize = false;
   bool decoupled_weight_decay = false;
   double ema_decay = kNone;
+  double max_norm = kNone;
+  double clip_value = kNone;
+  bool skip_nonfinite = false;
 
   constexpr bool keeps_ema() const { return ema_decay >= 0.0; }
+  constexpr bool clips_norm() const { return max_norm >= 0.0; }
+  constexpr bool clips_value() const { return clip_value >= 0.0; }
+  constexpr bool measures() const { return clips_norm() || skip_nonfinite; }
 };
 
 // What adam_rule.hpp calls k. T is a float, a double, or a vector of either.
@@ -55,6 +61,32 @@ struct CoefficientSet {
   StepCoefficients<float> f32;
   StepCoefficients<double> f64;
 };
+
+// What a gradient goes through before the rule: clamp(grad / scale * clip, -bound, bound).
+template <class T>
+struct GradCoefficients {
+  T scale;       // the divisor; or its reciprocal, where that is exact and a product the same
+  T clip;        // 1: none
+  T bound;       // infinity: none
+  bool divides;  // by the scale
+
+  bool do_nothing() const { return !divides && scale == 1 && clip == 1 && bound > kLargest; }
+
+ private:
+  static constexpr T kLargest = sizeof(T) == 4 ? T(0x1.fffffep+127) : T(0x1.fffffffffffffp+1023);
+};
+
+struct GradCoefficientSet {
+  GradCoefficients<float> f32;
+  GradCoefficients<double> f64;
+};
+
+// grad_scale: > 0. clip: of the norm; what is NaN makes every gradient NaN. bound: >= 0.
+GradCoefficientSet grad_coefficients(double grad_scale, double clip, double bound);
+
+// By which gradients of this norm are multiplied, as in torch.nn.utils.clip_grad_norm_:
+// max_norm / (norm + 1e-6) where that is below 1, or NaN; else 1.
+double clip_coefficient(double max_norm, double norm);
 
 // Computed in double and narrowed once, whatever the rounding mode of the caller. step counts
 // from 1.

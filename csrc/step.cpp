@@ -1,6 +1,8 @@
 #include "step.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "float_mode.hpp"
 #include "parallel.hpp"
@@ -43,44 +45,119 @@ Streams from_element(const Streams& streams, DType dtype, int64_t first) {
   return piece;
 }
 
+void* element_at(void* array, DType dtype, int64_t i) {
+  return static_cast<char*>(array) + i * size_of(dtype);
+}
+
+ScaleGrad scale_stage(const StageTable& table, DType dtype, const GradCoefficientSet& grad) {
+  return table.scale_grad[dtype][dtype == kFloat32 ? grad.f32.divides : grad.f64.divides];
+}
+
+// A tile of gradients on the stack, for what the rule takes in their place.
+struct alignas(64) GradTile {
+  char bytes[kTile * sizeof(double)];
+};
+
+// In an order that depends on their number alone: each with its neighbour, until one is left.
+double sum_of_pairs(double* sums, size_t count) noexcept {
+  for (; count > 1; count = (count + 1) / 2) {
+    for (size_t i = 0; i < count / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+    if (count % 2 != 0) sums[count / 2] = sums[count - 1];
+  }
+  return count == 0 ? 0.0 : sums[0];
+}
+
 }  // namespace
 
-void StepPlan::begin(bool zero_grad) {
+// --- The plan ----------------------------------------------------------------------------------
+
+void StepPlan::begin(bool zero_grad, double grad_scale) {
   arrays_.clear();
   rules_.clear();
   zero_grad_ = zero_grad;
+  grad_scale_ = grad_scale;
+  measures_ = skips_nonfinite_ = false;
 }
 
 void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
   const bool l2 = !hyper.decoupled_weight_decay && hyper.weight_decay != 0.0;
-  rules_.push_back({coefficients(hyper, step), l2, hyper.amsgrad, hyper.keeps_ema()});
+  rules_.push_back({coefficients(hyper, step),
+                    {},
+                    hyper.max_norm,
+                    hyper.clip_value,
+                    l2,
+                    hyper.amsgrad,
+                    hyper.keeps_ema(),
+                    {}});
+  measures_ |= hyper.measures();
+  skips_nonfinite_ |= hyper.skip_nonfinite;
 }
 
 void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema) {
   if (size == 0) return;
-  const int64_t lines_before = arrays_.empty() ? 0 : arrays_.back().line_end;
-  const int64_t lines = lines_of(dtype, size);
+  int64_t line_end = lines_of(dtype, size), element_end = size;
+  if (!arrays_.empty()) {
+    line_end += arrays_.back().line_end;
+    element_end += arrays_.back().element_end;
+  }
   const auto rule = static_cast<uint32_t>(rules_.size() - 1);
-  arrays_.push_back({streams, size, lines_before + lines, rule, dtype, begins_ema});
+  arrays_.push_back({streams, size, line_end, element_end, rule, dtype, begins_ema});
 }
 
-void StepPlan::run(const StageTable& table, const Threads& threads) noexcept {
+void StepPlan::end() {
+  if (!measures_ || arrays_.empty()) return;
+  const int64_t blocks = (arrays_.back().element_end + kNormBlock - 1) / kNormBlock;
+  sums_.resize(static_cast<size_t>(blocks));
+}
+
+StepReport StepPlan::run(const StageTable& table, const Threads& threads) noexcept {
+  StepReport report;
+  report.measured = measures_;
+  if (measures_) {
+    bool finite = true;
+    if (!arrays_.empty()) report.grad_norm = norm(table, threads, finite);
+    report.skipped = skips_nonfinite_ && !finite;
+  }
+  if (report.skipped) {
+    if (zero_grad_) clear_grads(table, threads);
+    return report;
+  }
+  prepare_grads(report.grad_norm);
+  for_slices(threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
+    run_slice(array, table, first, last);
+  });
+  return report;
+}
+
+// --- The pass that updates ---------------------------------------------------------------------
+
+template <class Body>
+void StepPlan::for_slices(const Threads& threads, Body body) const noexcept {
   if (arrays_.empty()) return;
-  const int64_t lines = arrays_.back().line_end;
-  for_lines(lines, threads, [&](int64_t begin, int64_t end) { run_lines(table, begin, end); });
+  for_lines(arrays_.back().line_end, threads, [&](int64_t begin, int64_t end) {
+    const DefaultFloatMode mode;
+    auto array =
+        std::upper_bound(arrays_.begin(), arrays_.end(), begin,
+                         [](int64_t line, const ArrayUpdate& a) { return line < a.line_end; });
+    int64_t line_begin = array == arrays_.begin() ? 0 : (array - 1)->line_end;
+    for (; array != arrays_.end() && line_begin < end; line_begin = array->line_end, ++array) {
+      const int64_t per_line = kElementsPerLine.of[array->dtype];
+      const int64_t first = std::max<int64_t>(begin - line_begin, 0) * per_line;
+      const int64_t last = std::min((end - line_begin) * per_line, array->size);
+      body(*array, first, last);
+    }
+  });
 }
 
-void StepPlan::run_lines(const StageTable& table, int64_t begin, int64_t end) const noexcept {
-  const DefaultFloatMode mode;
-  auto array =
-      std::upper_bound(arrays_.begin(), arrays_.end(), begin,
-                       [](int64_t line, const ArrayUpdate& a) { return line < a.line_end; });
-  int64_t line_begin = array == arrays_.begin() ? 0 : (array - 1)->line_end;
-  for (; array != arrays_.end() && line_begin < end; line_begin = array->line_end, ++array) {
-    const int64_t per_line = kElementsPerLine.of[array->dtype];
-    const int64_t first = std::max<int64_t>(begin - line_begin, 0) * per_line;
-    const int64_t last = std::min((end - line_begin) * per_line, array->size);
-    run_slice(*array, table, first, last);
+void StepPlan::prepare_grads(double grad_norm) noexcept {
+  constexpr double kNoBound = std::numeric_limits<double>::infinity();
+  for (Rule& rule : rules_) {
+    if (grad_scale_ == 1.0 && rule.max_norm < 0.0 && rule.clip_value < 0.0) continue;
+    const double clip = rule.max_norm >= 0.0 ? clip_coefficient(rule.max_norm, grad_norm) : 1.0;
+    const double bound = rule.clip_value >= 0.0 ? rule.clip_value : kNoBound;
+    rule.grad = grad_coefficients(grad_scale_, clip, bound);
+    rule.scales_grad[kFloat32] = !rule.grad.f32.do_nothing();
+    rule.scales_grad[kFloat64] = !rule.grad.f64.do_nothing();
   }
 }
 
@@ -91,21 +168,108 @@ StepPlan::Stages StepPlan::stages_of(const ArrayUpdate& array,
   if (array.begins_ema) stages.add(table.begin_average[array.dtype]);
   stages.add(table.adam[array.dtype][rule.l2][rule.amsgrad]);
   if (rule.ema) stages.add(table.average[array.dtype]);
-  if (zero_grad_) stages.add(table.clear_grad[array.dtype]);
   return stages;
 }
 
 void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                          int64_t last) const noexcept {
   const Stages stages = stages_of(array, table);
-  const CoefficientSet& k = rules_[array.rule].coefficients;
+  const Rule& rule = rules_[array.rule];
+  const bool scales = rule.scales_grad[array.dtype];
   // The rule alone needs no tiles.
-  const int64_t tile = stages.count == 1 ? last - first : kTile;
+  const int64_t tile = stages.count == 1 && !scales && !zero_grad_ ? last - first : kTile;
+  GradTile scaled;
   for (int64_t begin = first; begin < last; begin += tile) {
     const int64_t count = std::min(tile, last - begin);
-    const Streams piece =
-        begin == 0 ? array.streams : from_element(array.streams, array.dtype, begin);
-    for (int i = 0; i < stages.count; ++i) stages.at[i](piece, count, k);
+    Streams piece = begin == 0 ? array.streams : from_element(array.streams, array.dtype, begin);
+    void* const grad = piece.at[kGrad];
+    if (scales) {
+      scale_stage(table, array.dtype, rule.grad)(grad, scaled.bytes, count, rule.grad);
+      piece.at[kGrad] = scaled.bytes;
+    }
+    for (int i = 0; i < stages.count; ++i) stages.at[i](piece, count, rule.coefficients);
+    if (zero_grad_) table.clear_grad[array.dtype](grad, count);
+  }
+}
+
+void StepPlan::clear_grads(const StageTable& table, const Threads& threads) const noexcept {
+  for_slices(threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
+    table.clear_grad[array.dtype](element_at(array.streams.at[kGrad], array.dtype, first),
+                                  last - first);
+  });
+}
+
+// --- The pass that measures --------------------------------------------------------------------
+
+// Of the unscaled gradients. Squares of float64 numbers may overflow or vanish where the norm does
+// not: then once more, with numbers that are smaller or larger by a power of two.
+double StepPlan::norm(const StageTable& table, const Threads& threads, bool& finite) noexcept {
+  const double sum = sum_of_squares(table, threads, 1.0);
+  finite = std::isfinite(sum);
+  const bool all_float32 = std::all_of(arrays_.begin(), arrays_.end(),
+                                       [](const ArrayUpdate& a) { return a.dtype == kFloat32; });
+  const bool is_exact = finite && sum > 0x1p-900;
+  if (all_float32 || is_exact || std::isnan(sum)) return std::sqrt(sum);
+  const double factor = finite ? 0x1p600 : 0x1p-600;
+  const double scaled_sum = sum_of_squares(table, threads, factor);
+  finite = std::isfinite(scaled_sum);
+  return finite ? std::sqrt(scaled_sum) / factor : sum;
+}
+
+double StepPlan::sum_of_squares(const StageTable& table, const Threads& threads,
+                                double factor) noexcept {
+  constexpr double kNoBound = std::numeric_limits<double>::infinity();
+  constexpr int64_t kGroup = 4;  // blocks, of which the kernel reads several in turn
+  constexpr int64_t kLinesPerBlock = kNormBlock * sizeof(float) / kLineBytes;
+  GradCoefficientSet grad = grad_coefficients(grad_scale_, factor, kNoBound);
+  // Float32 numbers beside huge float64 ones do not count, and beside vanishing ones they are
+  // zeros.
+  if (factor > 1.0) grad.f32.clip = 1.0f;
+  const int64_t elements = arrays_.back().element_end;
+  const auto blocks = static_cast<int64_t>(sums_.size());
+  for_lines(blocks * kLinesPerBlock, threads, [&](int64_t begin, int64_t end) {
+    const DefaultFloatMode mode;
+    // Whoever has the first line of a block sums it.
+    const auto first_from = [](int64_t line) {
+      return (line + kLinesPerBlock - 1) / kLinesPerBlock;
+    };
+    const int64_t last = first_from(end);
+    for (int64_t block = first_from(begin); block < last; block += kGroup) {
+      const int64_t count = std::min(kGroup, last - block);
+      double lanes[kGroup * kNormLanes] = {};
+      sum_blocks(table, grad, block * kNormBlock, std::min((block + count) * kNormBlock, elements),
+                 lanes);
+      for (int64_t i = 0; i < count; ++i) {
+        sums_[static_cast<size_t>(block + i)] = sum_of_pairs(lanes + i * kNormLanes, kNormLanes);
+      }
+    }
+  });
+  const DefaultFloatMode mode;
+  return sum_of_pairs(sums_.data(), sums_.size());
+}
+
+void StepPlan::sum_blocks(const StageTable& table, const GradCoefficientSet& grad, int64_t begin,
+                          int64_t end, double* lanes) const noexcept {
+  auto array = std::upper_bound(
+      arrays_.begin(), arrays_.end(), begin,
+      [](int64_t element, const ArrayUpdate& a) { return element < a.element_end; });
+  GradTile scaled;
+  for (int64_t at = begin; at < end; ++array) {
+    const DType dtype = array->dtype;
+    const int64_t last = std::min(end, array->element_end);
+    const bool scales = dtype == kFloat32 ? !grad.f32.do_nothing() : !grad.f64.do_nothing();
+    const int64_t tile = scales ? kTile : last - at;
+    int64_t first = at - (array->element_end - array->size);
+    for (; at < last; at += tile, first += tile) {
+      const int64_t count = std::min(tile, last - at);
+      const void* elements = element_at(array->streams.at[kGrad], dtype, first);
+      if (scales) {
+        scale_stage(table, dtype, grad)(elements, scaled.bytes, count, grad);
+        elements = scaled.bytes;
+      }
+      table.add_squares[dtype](elements, at - begin, count, lanes);
+    }
+    at = last;
   }
 }
 

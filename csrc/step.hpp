@@ -1,5 +1,8 @@
 // The plan of one step: every array that it updates, checked by whoever fills it in, and its
 // execution.
+//
+// Most steps are one pass over memory. One that has to know the norm of all gradients, or whether
+// they are finite, reads them in a pass before it, decides, and then updates or changes nothing.
 #pragma once
 
 #include <stddef.h>
@@ -12,11 +15,17 @@
 
 namespace fused_adam {
 
+struct StepReport {
+  bool measured = false, skipped = false;
+  double grad_norm = 0.0;  // if measured: of the unscaled gradients, before they are clipped
+};
+
 class StepPlan {
  public:
   // Forgets the last step but keeps its memory: a plan that is used again allocates nothing.
-  // zero_grad: gradients are set to zeros where they have been used.
-  void begin(bool zero_grad = false);
+  // zero_grad: gradients are set to zeros where they have been used, or the step is skipped.
+  // grad_scale: what they are divided by before anything else.
+  void begin(bool zero_grad = false, double grad_scale = 1.0);
 
   // The arrays that are added next take this step, counted from 1, with these options.
   void set_rule(const HyperParameters& hyper, int64_t step);
@@ -24,21 +33,28 @@ class StepPlan {
   // dtype: of param. begins_ema: there are no averages of it yet.
   void add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema = false);
 
+  // No more arrays: makes room for what run() measures.
+  void end();
+
   // Updates all arrays, cut among threads all together. Nothing in here can fail.
-  void run(const StageTable& table, const Threads& threads) noexcept;
+  StepReport run(const StageTable& table, const Threads& threads) noexcept;
 
  private:
   struct ArrayUpdate {
     Streams streams;
     int64_t size;
-    int64_t line_end;  // cache lines of param in this array and all before it
+    int64_t line_end;     // cache lines of param in this array and all before it
+    int64_t element_end;  // elements, likewise
     uint32_t rule;
     DType dtype;
     bool begins_ema;
   };
   struct Rule {
     CoefficientSet coefficients;
+    GradCoefficientSet grad;
+    double max_norm, clip_value;  // HyperParameters::kNone: none
     bool l2, amsgrad, ema;
+    bool scales_grad[kDTypes];
   };
   // What is done to each piece of an array, in this order.
   struct Stages {
@@ -50,14 +66,25 @@ class StepPlan {
     void add(Stage stage) { at[count++] = stage; }
   };
 
+  template <class Body>
+  void for_slices(const Threads& threads, Body body) const noexcept;
   Stages stages_of(const ArrayUpdate& array, const StageTable& table) const noexcept;
-  void run_lines(const StageTable& table, int64_t begin, int64_t end) const noexcept;
   void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                  int64_t last) const noexcept;
+  void clear_grads(const StageTable& table, const Threads& threads) const noexcept;
+
+  double norm(const StageTable& table, const Threads& threads, bool& finite) noexcept;
+  double sum_of_squares(const StageTable& table, const Threads& threads, double factor) noexcept;
+  // Of the elements from begin, where a block begins, to end.
+  void sum_blocks(const StageTable& table, const GradCoefficientSet& grad, int64_t begin,
+                  int64_t end, double* lanes) const noexcept;
+  void prepare_grads(double grad_norm) noexcept;
 
   std::vector<ArrayUpdate> arrays_;
   std::vector<Rule> rules_;
-  bool zero_grad_ = false;
+  std::vector<double> sums_;  // of squares, one for each block of elements
+  bool zero_grad_ = false, measures_ = false, skips_nonfinite_ = false;
+  double grad_scale_ = 1.0;
 };
 
 }  // namespace fused_adam

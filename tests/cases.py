@@ -44,6 +44,19 @@ def _options() -> dict[str, dict[str, Any]]:
         flags = {"amsgrad": amsgrad, "maximize": maximize, "betas": betas}
         table["-".join(words)] = {**DEFAULTS, **_DECAYS[decay], **flags}
     for name, options in {
+        "max_norm": {"max_norm": 0.7},
+        "max_norm=0": {"max_norm": 0.0},
+        "max_norm-never-reached": {"max_norm": 1e30},
+        "clip_value": {"clip_value": 0.01},
+        "clip_value=0-maximize": {"clip_value": 0.0, "maximize": True},
+        "skip_nonfinite": {"skip_nonfinite": True},
+        "max_norm-skip_nonfinite-ema=0.9-l2-amsgrad": {
+            "max_norm": 0.7,
+            "skip_nonfinite": True,
+            "ema_decay": 0.9,
+            "weight_decay": 0.03,
+            "amsgrad": True,
+        },
         "lr=0": {"lr": 0.0},
         "lr=0-decoupled": {"lr": 0.0, **_DECAYS["decoupled"]},
         "large-lr": {"lr": 12.5},
@@ -72,6 +85,11 @@ def _options() -> dict[str, dict[str, Any]]:
     return table
 
 
+def without_conflicts(options: dict[str, Any]) -> dict[str, Any]:
+    """Drawn options, of which one that another excludes is None."""
+    return options if options["max_norm"] is None else {**options, "clip_value": None}
+
+
 OPTIONS = _options()
 # One for each piece of code that the options choose between: form of the kernel, forms of the averages.
 FORMS = (
@@ -81,6 +99,9 @@ FORMS = (
     ),
     "ema=0.3",
     "ema=0.9-l2-amsgrad-maximize",
+    "max_norm",
+    "clip_value",
+    "max_norm-skip_nonfinite-ema=0.9-l2-amsgrad",
 )
 
 
@@ -123,9 +144,11 @@ class Arrays(namedtuple("Arrays", [stream.name for stream in STREAMS], defaults=
         isa: str | None = None,
         max_threads: int = 1,
         zero_grad: bool = False,
-    ) -> None:
+        grad_scale: float | None = None,
+    ) -> tuple[bool, float] | None:
         threads = _core.Threads(_config.THREADS.back_end, max_threads)
-        _core.adam_step(isa or all_isas()[0], threads, options, step, self._asdict(), zero_grad)
+        isa = isa or all_isas()[0]
+        return _core.adam_step(isa, threads, options, step, self._asdict(), zero_grad, grad_scale)
 
 
 # The state of a parameter, as opt.state has it.

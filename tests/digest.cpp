@@ -165,6 +165,7 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
     plan.begin(row.zero_grad);
     plan.set_rule(hyper, 1 + 7 * round);
     plan.add_array(streams, length, dtype, row.begins_ema);
+    plan.end();
     plan.run(stages, {Threads::kTeam, threads});
     for (const auto& stream : values) {
       for (const T value : stream) result.add(value);

@@ -50,10 +50,23 @@ def adam(
     maximize,
     decoupled_weight_decay,
     ema_decay,
+    max_norm,
+    clip_value,
+    skip_nonfinite,
+    grad_scale=None,
+    grad_norm=None,
 ):
     """One step: the new param, exp_avg, exp_avg_sq, max_exp_avg_sq (without amsgrad: the old one) and ema
     (without ema_decay: the old one).
+
+    grad_norm: of all gradients, where this one is not the only one.
     """
+    grad = unscaled(grad, grad_scale)
+    if skip_nonfinite and not np.isfinite(grad).all():
+        return param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+    if max_norm is not None and grad_norm is None:
+        grad_norm = global_norm([grad])
+    grad = clipped(grad, max_norm, clip_value, grad_norm)
     k = coefficients(
         COMPUTED_IN[param.dtype],
         step=step,
@@ -81,6 +94,60 @@ def adam(
         if ema_decay is not None:
             ema = lerp(ema, param, k.ema_weight)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+
+
+def unscaled(grad, grad_scale):
+    with np.errstate(all="ignore"):
+        return grad if grad_scale is None else grad / COMPUTED_IN[grad.dtype].type(grad_scale)
+
+
+def clipped(grad, max_norm, clip_value, grad_norm):
+    narrow = COMPUTED_IN[grad.dtype].type
+    with np.errstate(all="ignore"):
+        if clip_value is not None:
+            grad = np.clip(grad, -narrow(clip_value), narrow(clip_value))
+        if max_norm is not None:
+            coefficient = np.float64(max_norm) / (np.float64(grad_norm) + 1e-6)
+            grad = grad * narrow(1 if coefficient > 1 else coefficient)
+    return grad
+
+
+NORM_BLOCK, NORM_LANES = 4096, 8
+
+
+def global_norm(grads):
+    """The 2-norm over all elements, one array after the other, each as it lies in memory."""
+    with np.errstate(all="ignore"):
+        wide = [grad.ravel(order="K").astype(np.float64) for grad in grads]
+        total = sum_of_squares(wide)
+        if np.isnan(total) or 2.0**-900 < total < np.inf or all(grad.dtype == np.float32 for grad in grads):
+            return np.sqrt(total)
+        # Squares of float64 numbers over- or underflowed: those of numbers of another size.
+        factor = 2.0**600 if total < 1 else 2.0**-600
+        others = 1.0 if total < 1 else 0.0  # of no account then
+        sizes = [others if grad.dtype == np.float32 else factor for grad in grads]
+        scaled = sum_of_squares([x * size for x, size in zip(wide, sizes, strict=True)])
+        return np.sqrt(scaled) / factor if np.isfinite(scaled) else total
+
+
+def sum_of_squares(arrays):
+    """In blocks, whose lanes are summed each in its order; then always two neighbours, until one is left."""
+    flat = np.concatenate([*arrays, np.zeros(0)])
+    flat = np.concatenate([flat, np.zeros(-flat.size % NORM_BLOCK)])
+    rows = flat.reshape(-1, NORM_BLOCK // NORM_LANES, NORM_LANES).swapaxes(0, 1)
+    squares_are_exact = (flat == flat.astype(np.float32)).all()
+    lanes = np.zeros(rows.shape[1:])
+    for row in rows:
+        lanes = lanes + row * row if squares_are_exact else fma64(row, row, lanes)
+    return sum_of_pairs([sum_of_pairs(block) for block in lanes])
+
+
+def sum_of_pairs(values):
+    values = list(values) or [np.float64(0)]
+    while len(values) > 1:
+        pairs = [a + b for a, b in zip(values[0::2], values[1::2], strict=False)]
+        values = pairs + values[len(values) // 2 * 2 :]
+    return values[0]
 
 
 def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupled_weight_decay, ema_decay):

@@ -19,6 +19,7 @@ from cases import (
     awkward_values,
     each_dtype,
     random_arrays,
+    without_conflicts,
 )
 from fused_adam import _config, _core, show_config
 
@@ -47,8 +48,9 @@ def random_options(rng):
         "betas": lambda: (float(rng.choice([0.0, rng.uniform(), 0.9])), float(1 - 10 ** rng.uniform(-7, 0))),
         "flag": lambda: bool(rng.integers(2)),
         "fraction or None": lambda: rng.choice([None, 0.3, 0.999]),
+        "number or None": lambda: rng.choice([None, None, 0.0, 10 ** rng.uniform(-6, 3)]),
     }
-    return {option.name: kinds[option.kind]() for option in OPTION_TABLE}
+    return without_conflicts({option.name: kinds[option.kind]() for option in OPTION_TABLE})
 
 
 @each_dtype

@@ -14,6 +14,7 @@ from cases import (
     assert_same_arrays,
     assert_same_bits,
     awkward_values,
+    without_conflicts,
 )
 from fused_adam import Adam, _core, adam_step
 
@@ -28,8 +29,11 @@ kinds = {
     "betas": st.tuples(betas, betas),
     "flag": st.booleans(),
     "fraction or None": st.none() | betas,
+    "number or None": st.none() | not_negative,
 }
-options = st.fixed_dictionaries({option.name: kinds[option.kind] for option in OPTION_TABLE})
+options = st.fixed_dictionaries({option.name: kinds[option.kind] for option in OPTION_TABLE}).map(
+    without_conflicts
+)
 step_numbers = st.integers(1, 100) | st.integers(1, 2**63 - 1)
 
 

@@ -11,9 +11,10 @@
 
 namespace fused_adam {
 
-void adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
-               int64_t step, const py::dict& arrays, bool zero_grad) {
+StepReport adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
+                     int64_t step, const py::dict& arrays, bool zero_grad, py::handle grad_scale) {
   const HyperParameters hyper = OptionReader().read(options, "");
+  const double scale = read_grad_scale(grad_scale);
   Streams streams = {};
   ArrayFacts param = {};
   Memory read = {};
@@ -50,12 +51,13 @@ void adam_step(const std::string& isa, const Threads& threads, const py::dict& o
   }
 
   StepPlan plan;
-  plan.begin(zero_grad);
+  plan.begin(zero_grad, scale);
   plan.set_rule(hyper, step);
   plan.add_array(streams, param.size, param.dtype);
+  plan.end();
   const StageTable& stages = *isa_by_name(isa).stages;
   const WithoutGil no_gil;
-  plan.run(stages, threads);
+  return plan.run(stages, threads);
 }
 
 }  // namespace fused_adam

@@ -46,6 +46,12 @@ std::vector<std::string> streams_of(const py::dict& options) {
   return names;
 }
 
+// None for a step that measured nothing, as most; else (skipped, grad_norm).
+py::object report_for_python(const StepReport& report) {
+  if (!report.measured) return py::none();
+  return py::make_tuple(report.skipped, report.grad_norm);
+}
+
 void bind(py::module_& m) {
   m.attr("__version__") = FUSED_ADAM_VERSION;
   m.attr("numerics") = kNumerics;
@@ -75,8 +81,15 @@ void bind(py::module_& m) {
   m.def("stream_table", &streams_for_python);
   m.def("scatter", &scatter, py::arg("elements"), py::arg("arrays"));
   m.def("streams_of", &streams_of, py::arg("options"));
-  m.def("adam_step", &adam_step, py::arg("isa"), py::arg("threads"), py::arg("options"),
-        py::arg("step"), py::arg("arrays"), py::arg("zero_grad"));
+  m.def(
+      "adam_step",
+      [](const std::string& isa, const Threads& threads, const py::dict& options, int64_t step,
+         const py::dict& arrays, bool zero_grad, const py::object& grad_scale) {
+        return report_for_python(
+            adam_step(isa, threads, options, step, arrays, zero_grad, grad_scale));
+      },
+      py::arg("isa"), py::arg("threads"), py::arg("options"), py::arg("step"), py::arg("arrays"),
+      py::arg("zero_grad"), py::arg("grad_scale"));
 
   py::class_<Structure, std::shared_ptr<Structure>>(m, "Structure")
       .def(py::init<const py::object&>(), py::arg("params"))
@@ -103,8 +116,15 @@ void bind(py::module_& m) {
       .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
            py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
-      .def("step", &Optimizer::step, py::arg("grads"), py::arg("param_groups"),
-           py::arg("zero_grad"))
+      .def(
+          "step",
+          [](Optimizer& self, py::handle grads, py::handle param_groups, bool zero_grad,
+             py::handle grad_scale, const py::dict& overrides) {
+            return report_for_python(
+                self.step(grads, param_groups, zero_grad, grad_scale, overrides));
+          },
+          py::arg("grads"), py::arg("param_groups"), py::arg("zero_grad"), py::arg("grad_scale"),
+          py::arg("overrides"))
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)

@@ -272,8 +272,8 @@ void Optimizer::flatten_grads(py::handle grads) {
 
 // One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.
 // Returns whether streams are missing, of options that were switched on since the last step.
-bool Optimizer::check_and_plan(bool zero_grad) {
-  plan_.begin(zero_grad);
+bool Optimizer::check_and_plan(bool zero_grad, double grad_scale) {
+  plan_.begin(zero_grad, grad_scale);
   memory_.look_again();
   // A grad that is written must not be the new memory of a param that is left out of this step.
   if (zero_grad) notice_moved_params();
@@ -297,6 +297,7 @@ bool Optimizer::check_and_plan(bool zero_grad) {
                       keeps_ema && !slot.has_values(kEma));
     }
   }
+  plan_.end();
   if (zero_grad) check_grads_are_clearable("zero_grad=True sets it to zeros.");
   if (memory_is_indexed_) return missing != 0;
   // A param has moved, perhaps onto a grad that was found free before it.
@@ -309,24 +310,31 @@ bool Optimizer::check_and_plan(bool zero_grad) {
 
 // --- Steps -------------------------------------------------------------------------------------
 
-void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) {
+StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad,
+                           py::handle grad_scale, const py::dict& overrides) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads);
   read_groups(param_groups);
-  if (check_and_plan(zero_grad)) {
+  const double scale = read_grad_scale(grad_scale);
+  if (!overrides.empty()) {
+    for (HyperParameters& hyper : hypers_) reader_.update(hyper, overrides);
+  }
+  if (check_and_plan(zero_grad, scale)) {
     std::vector<unsigned> wanted = wanted_by_options();
     for (size_t i = 0; i < slots_.size(); ++i) {
       if (grads_[i].is_none()) wanted[i] = 0;
     }
     add_missing(wanted);
-    check_and_plan(zero_grad);
+    check_and_plan(zero_grad, scale);
   }
   // From here on nothing can fail.
+  StepReport report;
   {
     const WithoutGil no_gil;
-    plan_.run(*isa_.stages, threads_);
+    report = plan_.run(*isa_.stages, threads_);
   }
+  if (report.skipped) return report;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const bool keeps_ema = hypers_[g].keeps_ema();
     for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
@@ -335,6 +343,7 @@ void Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad) 
       if (keeps_ema) slots_[i].set_values(kEma, true);
     }
   }
+  return report;
 }
 
 void Optimizer::zero(py::handle grads) {

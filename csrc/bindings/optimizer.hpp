@@ -43,7 +43,9 @@ class Optimizer {
   }
 
   // One step. grads is like params or, if grouped(), a sequence with an entry for each group.
-  void step(py::handle grads, py::handle param_groups, bool zero_grad);
+  // overrides: options for this step in the place of those of all groups.
+  StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, py::handle grad_scale,
+                  const py::dict& overrides);
 
   // Fills gradients with zeros, after the checks of a step.
   void zero(py::handle grads);
@@ -113,7 +115,7 @@ class Optimizer {
   void check_grad(Slot& slot, py::handle array);
   void notice_moved_params();
   void check_grads_are_clearable(const char* reason);
-  bool check_and_plan(bool zero_grad);
+  bool check_and_plan(bool zero_grad, double grad_scale);
   // Of each slot, by the options read last: the streams that it needs, a bit for each.
   std::vector<unsigned> wanted_by_options() const;
   void add_missing(const std::vector<unsigned>& wanted);

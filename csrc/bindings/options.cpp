@@ -1,6 +1,7 @@
 #include "options.hpp"
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -78,6 +79,10 @@ double fraction_or_none(py::handle value, const std::string& where, py::handle k
   return fraction(value, [&] { return place(where, key); });
 }
 
+double not_negative_or_none(py::handle value, const std::string& where, py::handle key) {
+  return value.is_none() ? HyperParameters::kNone : not_negative(value, where, key);
+}
+
 std::pair<double, double> two_betas(py::handle betas, const std::string& where, py::handle key) {
   const bool is_pair = PyTuple_Check(betas.ptr()) || PyList_Check(betas.ptr());
   if (!is_pair) refuse_type(place(where, key), "a pair of numbers", betas);
@@ -105,6 +110,8 @@ const char* name_of(OptionKind kind) {
       return "flag";
     case OptionKind::kFractionOrNone:
       return "fraction or None";
+    case OptionKind::kNotNegativeOrNone:
+      return "number or None";
   }
   return "";
 }
@@ -119,9 +126,17 @@ py::object default_of(const OptionInfo& option) {
     case OptionKind::kFlag:
       return py::bool_(defaults.*option.flag);
     case OptionKind::kFractionOrNone:
+    case OptionKind::kNotNegativeOrNone:
       break;
   }
   return py::none();
+}
+
+// Which of the two came first would decide what comes out.
+void refuse_two_clips(const HyperParameters& hyper, const std::string& where) {
+  if (!hyper.clips_norm() || !hyper.clips_value()) return;
+  throw py::value_error((where.empty() ? "" : where + ": ") +
+                        "max_norm and clip_value exclude each other: one of them must be None.");
 }
 
 }  // namespace
@@ -138,6 +153,9 @@ const std::vector<OptionInfo>& option_table() {
       {"maximize", Kind::kFlag, 1, nullptr, &H::maximize},
       {"decoupled_weight_decay", Kind::kFlag, 1, nullptr, &H::decoupled_weight_decay},
       {"ema_decay", Kind::kFractionOrNone, 2, &H::ema_decay, nullptr},
+      {"max_norm", Kind::kNotNegativeOrNone, 2, &H::max_norm, nullptr},
+      {"clip_value", Kind::kNotNegativeOrNone, 2, &H::clip_value, nullptr},
+      {"skip_nonfinite", Kind::kFlag, 2, nullptr, &H::skip_nonfinite},
   };
   return table;
 }
@@ -160,29 +178,55 @@ OptionReader::OptionReader() {
 }
 
 HyperParameters OptionReader::read(const py::dict& group, const std::string& where) const {
-  const std::vector<OptionInfo>& table = option_table();
   HyperParameters hyper;
-  for (size_t i = 0; i < table.size(); ++i) {
-    const OptionInfo& option = table[i];
-    const py::str& key = keys_[i];
-    const py::object value = dict_item(group, key);
-    if (!value) throw py::value_error(place(where, key) + " is missing.");
-    switch (option.kind) {
-      case OptionKind::kNotNegative:
-        hyper.*option.number = not_negative(value, where, key);
-        break;
-      case OptionKind::kBetas:
-        std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);
-        break;
-      case OptionKind::kFlag:
-        hyper.*option.flag = flag(value, where, key);
-        break;
-      case OptionKind::kFractionOrNone:
-        hyper.*option.number = fraction_or_none(value, where, key);
-        break;
-    }
+  for (size_t i = 0; i < keys_.size(); ++i) {
+    const py::object value = dict_item(group, keys_[i]);
+    if (!value) throw py::value_error(place(where, keys_[i]) + " is missing.");
+    set(hyper, i, value, where);
   }
+  refuse_two_clips(hyper, where);
   return hyper;
+}
+
+void OptionReader::update(HyperParameters& hyper, const py::dict& arguments) const {
+  for (size_t i = 0; i < keys_.size(); ++i) {
+    const py::object value = dict_item(arguments, keys_[i]);
+    if (value) set(hyper, i, value, "");
+  }
+  refuse_two_clips(hyper, "");
+}
+
+void OptionReader::set(HyperParameters& hyper, size_t i, py::handle value,
+                       const std::string& where) const {
+  const OptionInfo& option = option_table()[i];
+  const py::str& key = keys_[i];
+  switch (option.kind) {
+    case OptionKind::kNotNegative:
+      hyper.*option.number = not_negative(value, where, key);
+      break;
+    case OptionKind::kBetas:
+      std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);
+      break;
+    case OptionKind::kFlag:
+      hyper.*option.flag = flag(value, where, key);
+      break;
+    case OptionKind::kFractionOrNone:
+      hyper.*option.number = fraction_or_none(value, where, key);
+      break;
+    case OptionKind::kNotNegativeOrNone:
+      hyper.*option.number = not_negative_or_none(value, where, key);
+      break;
+  }
+}
+
+double read_grad_scale(py::handle value) {
+  if (value.is_none()) return 1.0;
+  const auto here = [] { return std::string("grad_scale"); };
+  const double scale = number(value, here);
+  constexpr double kLeast = std::numeric_limits<float>::min();
+  constexpr double kMost = std::numeric_limits<float>::max();
+  if (!(scale >= kLeast && scale <= kMost)) refuse(here(), "from 1.2e-38 to 3.4e38", value);
+  return scale;
 }
 
 }  // namespace fused_adam

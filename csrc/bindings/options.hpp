@@ -19,6 +19,7 @@ enum class OptionKind {
   kBetas,           // a pair of numbers, >= 0 and < 1
   kFlag,            // True or False
   kFractionOrNone,  // a number >= 0 and < 1, or None
+  kNotNegativeOrNone,
 };
 
 // Its default is that of its member in HyperParameters.
@@ -35,6 +36,9 @@ const std::vector<OptionInfo>& option_table();
 // The table for Python: a list of {"name": str, "kind": str, "format": int, "default": object}.
 py::list options_for_python();
 
+// By what gradients are to be divided: a number > 0 that is one in float32, too. None: 1.
+double read_grad_scale(py::handle value);
+
 // Reads the options of a parameter group, a dict as in torch.optim. TypeError for a wrong Python
 // type, ValueError for a value out of range or a missing key. where: "param_groups[0]", or "" for
 // keyword arguments, which messages call by their bare name.
@@ -42,8 +46,12 @@ class OptionReader {
  public:
   OptionReader();
   HyperParameters read(const py::dict& group, const std::string& where) const;
+  // Those that some keyword arguments give in place of a group's.
+  void update(HyperParameters& hyper, const py::dict& arguments) const;
 
  private:
+  void set(HyperParameters& hyper, size_t option, py::handle value, const std::string& where) const;
+
   std::vector<py::str> keys_;  // interned, in the order of the table
 };
 

@@ -7,11 +7,11 @@ namespace fused_adam {
 namespace {
 
 template <class F>
-void clear_stage(const Streams& streams, int64_t count, const CoefficientSet&) {
+void clear_grad(void* grad, int64_t count) {
   using T = typename F::Scalar;
-  T* const grad = stream<T>(streams, kGrad);
   const F zero = F::broadcast(T(0));
-  for_vectors<F>(count, [&](int64_t i, auto lanes) { lanes.store(grad + i, zero); });
+  for_vectors<F>(count,
+                 [&](int64_t i, auto lanes) { lanes.store(static_cast<T*>(grad) + i, zero); });
 }
 
 }  // namespace

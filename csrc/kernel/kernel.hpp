@@ -18,12 +18,24 @@ constexpr char kNumerics[] = "adam-1";
 // One thing that is done to a piece of a parameter: to the first `count` elements of its streams.
 using Stage = void (*)(const Streams&, int64_t count, const CoefficientSet&);
 
+// Stages that deal with the gradient alone. To leave what the rule takes for it in `scaled`:
+using ScaleGrad = void (*)(const void* grad, void* scaled, int64_t count,
+                           const GradCoefficientSet&);
+using ClearGrad = void (*)(void* grad, int64_t count);
+// To add squares to the lanes of their blocks, of which each has kNormLanes. position: of the first
+// element, counted from where the first block begins.
+using AddSquares = void (*)(const void* grad, int64_t position, int64_t count, double* lanes);
+constexpr int64_t kNormBlock = 4096;  // elements
+constexpr int kNormLanes = 8;         // of the widest vector of doubles
+
 // The stages of one ISA. variants.hpp lists them; step.cpp puts steps together from them.
 struct StageTable {
   Stage adam[kDTypes][2][2];  // with L2 decay, with amsgrad
   Stage begin_average[kDTypes];
   Stage average[kDTypes];
-  Stage clear_grad[kDTypes];
+  ClearGrad clear_grad[kDTypes];
+  ScaleGrad scale_grad[kDTypes][2];  // by a product; by a division
+  AddSquares add_squares[kDTypes];
 };
 
 // One table per ISA, each compiled with flags of its own; dispatch.cpp says which exist.

@@ -34,8 +34,12 @@ inline T* stream(const Streams& streams, Stream which) {
   return static_cast<T*>(streams.at[which]);
 }
 
-inline const StepCoefficients<float>& of_type(const CoefficientSet& all, float) { return all.f32; }
-inline const StepCoefficients<double>& of_type(const CoefficientSet& all, double) {
+template <class Set>
+inline auto& of_type(const Set& all, float) {
+  return all.f32;
+}
+template <class Set>
+inline auto& of_type(const Set& all, double) {
   return all.f64;
 }
 

@@ -4,6 +4,8 @@
 #include "adam_kernel.hpp"
 #include "average_kernel.hpp"
 #include "clear_kernel.hpp"
+#include "norm_kernel.hpp"
+#include "scale_kernel.hpp"
 
 namespace fused_adam {
 namespace {
@@ -22,7 +24,10 @@ constexpr StageTable stage_table() {
         {adam_stage<F64, true, false>, adam_stage<F64, true, true>}}},
       {begin_average_stage<F32>, begin_average_stage<F64>},
       {average_stage<F32>, average_stage<F64>},
-      {clear_stage<F32>, clear_stage<F64>},
+      {clear_grad<F32>, clear_grad<F64>},
+      {{scale_grad<F32, false>, scale_grad<F32, true>},
+       {scale_grad<F64, false>, scale_grad<F64, true>}},
+      {add_squares<F64, float>, add_squares<F64, double>},
   };
 }
 

@@ -50,6 +50,7 @@ struct F64x4 {
   }
   static F64x4 broadcast(double x) { return {_mm256_set1_pd(x)}; }
   static F64x4 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static F64x4 load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
   static F64x4 load_n(const double* p, int n) { return {_mm256_maskload_pd(p, first(n))}; }
 };
 

@@ -52,6 +52,7 @@ struct F64x2 {
 
   static F64x2 broadcast(double x) { return {vdupq_n_f64(x)}; }
   static F64x2 load(const double* p) { return {vld1q_f64(p)}; }
+  static F64x2 load(const float* p) { return {vcvt_f64_f32(vld1_f32(p))}; }
   static F64x2 load_n(const double* p, int n) {
     double lanes[width] = {};
     memcpy(lanes, p, static_cast<size_t>(n) * sizeof(double));

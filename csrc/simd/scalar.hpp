@@ -43,6 +43,7 @@ struct F64x1 {
 
   static F64x1 broadcast(double x) { return {x}; }
   static F64x1 load(const double* p) { return {*p}; }
+  static F64x1 load(const float* p) { return {*p}; }
   static F64x1 load_n(const double* p, int) { return {*p}; }
 };
 

@@ -12,7 +12,8 @@ array([0.9, 1.1, 1. ])
 from fused_adam._checkpoint import CheckpointError
 from fused_adam._config import show_config
 from fused_adam._core import __version__
-from fused_adam.adam import Adam, StepInfo
+from fused_adam._step_info import StepInfo
+from fused_adam.adam import Adam
 from fused_adam.adamw import AdamW
 from fused_adam.functional import adam_step
 

@@ -31,7 +31,7 @@ _ANY_CRC: Final = re.compile(_CRC_FIELD % b"([0-9a-f]{8})")
 _START: Final = '{"__metadata__":'
 # Whatever has a __float__ is taken for these.
 _REAL_OPTIONS: Final = tuple(
-    option.name for option in OPTIONS if option.kind in ("number", "fraction or None")
+    option.name for option in OPTIONS if option.kind in ("number", "fraction or None", "number or None")
 )
 
 DAMAGED: Final = "Use another copy of the file, or an older checkpoint"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fused_adam import _checkpoint, _config, _core
 from fused_adam._state import OptimizerState
+from fused_adam._step_info import PLAIN_STEP, StepInfo
 from fused_adam._tables import DEFAULTS, options_in, used
 
 if TYPE_CHECKING:
@@ -24,16 +25,7 @@ Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
 Grads: TypeAlias = "Array | Iterable[Grads] | Mapping[Any, Grads] | None"
 
 
-class StepInfo(NamedTuple):
-    """What :meth:`Adam.step` reports."""
-
-    skipped: bool = False
-    """Was the step left out? (Plain steps never are.)"""
-    grad_norm: float | None = None
-    """The global norm of the gradients, where it was computed; plain steps do not."""
-
-
-_PLAIN_STEP: Final = StepInfo()
+_NO_OVERRIDES: Final[dict[str, Any]] = {}
 
 
 class _Grads(NamedTuple):
@@ -82,6 +74,20 @@ class Adam:
     ema_decay : float, optional
         In [0, 1). Keep an average of the parameters, ``ema += (1 - ema_decay) * (param - ema)`` after each
         step, computed as :func:`torch.lerp` does: see :attr:`ema`. 0.999 is usual.
+    max_norm : float, optional
+        >= 0. Clip the gradients by their global norm, as :func:`torch.nn.utils.clip_grad_norm_` does:
+        multiply them by ``max_norm / (norm + 1e-6)`` where that is below 1. The norm is the 2-norm over
+        all gradients of all groups, also of those that are not clipped; it is summed in float64, in an
+        order that does not depend on threads, instruction set or how arrays are split. The gradients
+        themselves are not written.
+    clip_value : float, optional
+        >= 0. Clip each element of the gradients to ``[-clip_value, clip_value]``, as
+        :func:`torch.nn.utils.clip_grad_value_` does. Not together with `max_norm`: which of the two came
+        first would decide what comes out.
+    skip_nonfinite : bool, default False
+        Where any gradient of any group has an infinity or a NaN, leave the step out: no parameter, no
+        state and no step count changes. It is counted in :attr:`skipped_steps`, and no error. True in one
+        group counts for all.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -127,6 +133,7 @@ class Adam:
     # Options that a subclass does not let a checkpoint change.
     _fixed_options: ClassVar[Mapping[str, Any]] = {}
     _grads: _Grads | None
+    _skipped_steps: int = 0
 
     def __init__(
         self,
@@ -140,6 +147,9 @@ class Adam:
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         ema_decay: float | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        skip_nonfinite: bool = False,
         num_threads: int | None = None,
     ) -> None:
         self.defaults: dict[str, Any] = options_in(locals())
@@ -155,7 +165,16 @@ class Adam:
         for group in groups:
             self._add_group(group, grouped)
 
-    def step(self, grads: Grads | Sequence[Grads] = None, *, zero_grad: bool = False) -> StepInfo:
+    def step(
+        self,
+        grads: Grads | Sequence[Grads] = None,
+        *,
+        zero_grad: bool = False,
+        grad_scale: float | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        skip_nonfinite: bool | None = None,
+    ) -> StepInfo:
         """Update all parameters in place.
 
         Parameters
@@ -166,7 +185,13 @@ class Adam:
             stay as they are. By default the buffers of :attr:`grads`.
         zero_grad : bool, default False
             Set the gradients to zeros as soon as they are used, in the same pass over memory. They are
-            written then, so they must be writeable, and no two may share memory.
+            written then, so they must be writeable, and no two may share memory. Also where the step is
+            skipped.
+        grad_scale : float, optional
+            What the loss was multiplied by: the gradients are divided by it first, as PyTorch's fused
+            step does. They are not written.
+        max_norm, clip_value, skip_nonfinite
+            For this step, in the place of what the groups say: see :class:`Adam`.
 
         Returns
         -------
@@ -179,6 +204,16 @@ class Adam:
             names it. Nothing has changed then: no array, no step count.
         RuntimeError
             Another thread is inside a step of this optimizer.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> w = np.zeros(2)
+        >>> opt = Adam(w)
+        >>> opt.step(np.array([3.0, 4.0]), max_norm=1.0)
+        StepInfo(skipped=False, grad_norm=5.0)
+        >>> opt.step(np.array([3.0, np.nan]), skip_nonfinite=True).skipped, opt.skipped_steps
+        (True, 1)
         """
         if grads is None:
             if self._grads is None:
@@ -186,8 +221,21 @@ class Adam:
             grads = self.grads
         if zero_grad is not False:
             _config.require_flag("zero_grad", zero_grad)
-        self._core.step(grads, self.param_groups, zero_grad)
-        return _PLAIN_STEP
+        overrides = _NO_OVERRIDES
+        if not (max_norm is clip_value is skip_nonfinite is None):
+            given = {"max_norm": max_norm, "clip_value": clip_value, "skip_nonfinite": skip_nonfinite}
+            overrides = {name: value for name, value in given.items() if value is not None}
+        report = self._core.step(grads, self.param_groups, zero_grad, grad_scale, overrides)
+        if report is None:
+            return PLAIN_STEP
+        info = StepInfo(*report)
+        self._skipped_steps += info.skipped
+        return info
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out, since this optimizer was made, as gradients were not finite."""
+        return self._skipped_steps
 
     @property
     def grads(self) -> Any:

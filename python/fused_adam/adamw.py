@@ -17,7 +17,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, ema_decay, num_threads
+    params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -41,6 +41,9 @@ class AdamW(Adam):
         amsgrad: bool = False,
         maximize: bool = False,
         ema_decay: float | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        skip_nonfinite: bool = False,
         num_threads: int | None = None,
     ) -> None:
         options = options_in(locals())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fused_adam import _config, _core
+from fused_adam._step_info import PLAIN_STEP, StepInfo
 from fused_adam._tables import options_in, streams_in
 
 
@@ -25,11 +26,15 @@ def adam_step(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
     ema_decay: float | None = None,
+    max_norm: float | None = None,
+    clip_value: float | None = None,
+    skip_nonfinite: bool = False,
     max_exp_avg_sq: npt.NDArray[Any] | None = None,
     ema: npt.NDArray[Any] | None = None,
+    grad_scale: float | None = None,
     zero_grad: bool = False,
     num_threads: int | None = None,
-) -> None:
+) -> StepInfo:
     """One Adam step on arrays that the caller owns. Updates all but `grad` in place.
 
     The kernel, the formula and the bits are those of :class:`fused_adam.Adam`.
@@ -43,14 +48,23 @@ def adam_step(
         The number of this step, counted from 1. It decides the bias corrections.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, ema_decay
         As in :class:`fused_adam.Adam`.
+    max_norm, clip_value, skip_nonfinite
+        As in :class:`fused_adam.Adam`, for this gradient alone.
     max_exp_avg_sq : numpy.ndarray, optional
         Like `exp_avg_sq`; needed for `amsgrad`.
     ema : numpy.ndarray, optional
         Like `param`, and a copy of it before the first step; needed for `ema_decay`.
+    grad_scale : float, optional
+        Divide the gradient by it first, as in :meth:`fused_adam.Adam.step`.
     zero_grad : bool, default False
         Set `grad` to zeros once it is used.
     num_threads : int, optional
         As in :class:`fused_adam.Adam`.
+
+    Returns
+    -------
+    StepInfo
+        `skipped` with `skip_nonfinite`; `grad_norm` with that or with `max_norm`.
 
     Raises
     ------
@@ -70,7 +84,7 @@ def adam_step(
     --------
     >>> import numpy as np
     >>> param, exp_avg, exp_avg_sq = np.full(2, 2.0), np.zeros(2), np.zeros(2)
-    >>> adam_step(param, np.array([3.0, -3.0]), exp_avg, exp_avg_sq, step=1)
+    >>> info = adam_step(param, np.array([3.0, -3.0]), exp_avg, exp_avg_sq, step=1)
     >>> param
     array([1.999, 2.001])
     """
@@ -79,4 +93,6 @@ def adam_step(
     _config.require_flag("zero_grad", zero_grad)
     if not 1 <= step < 2**63:
         raise ValueError(f"step must be >= 1 and < 2**63, got {step}.")
-    _core.adam_step(_config.ISA, _config.threads(num_threads), options, step, arrays, zero_grad)
+    threads = _config.threads(num_threads)
+    report = _core.adam_step(_config.ISA, threads, options, step, arrays, zero_grad, grad_scale)
+    return PLAIN_STEP if report is None else StepInfo(*report)

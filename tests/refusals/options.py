@@ -29,9 +29,9 @@ NO_NUMBER: dict[str, Any] = {
     "type": float,
     "time": np.timedelta64(5, "s"),
 }
-NUMBERS, FLAGS, FRACTIONS = (
+NUMBERS, OPTIONAL_NUMBERS, FLAGS, FRACTIONS = (
     [option.name for option in OPTION_TABLE if option.kind == kind]
-    for kind in ("number", "flag", "fraction or None")
+    for kind in ("number", "number or None", "flag", "fraction or None")
 )
 FLAGS.remove("decoupled_weight_decay")  # AdamW has no such argument
 # What float() takes, and no number is: NumPy warns of the first one only.
@@ -56,9 +56,10 @@ OUT_OF_RANGE: dict[str, Any] = {
 
 def bad_options() -> Iterator[tuple[str, str, Any, type[Exception], str]]:
     """id, option, value, error, how the message goes on after the option."""
-    for key in NUMBERS:
+    for key in NUMBERS + OPTIONAL_NUMBERS:
         for id, value in NO_NUMBER.items():
-            yield f"{key} {id}", key, value, TypeError, " must be a number, got "
+            if value is not None or key in NUMBERS:
+                yield f"{key} {id}", key, value, TypeError, " must be a number, got "
         for id, value in SLIPS.items():
             yield f"{key} {id}", key, value, TypeError, " must be a number, got "
         for id, value in OUT_OF_RANGE.items():
