@@ -64,7 +64,10 @@ def step_in_guards(isa, options, step, arrays, where):
 @each_dtype
 @each_options
 def test_every_option_at_every_size(name, dtype, isa):
-    """The formula knows one element at a time, so the result of a part is a part of the result."""
+    """The formula knows one element at a time, so the result of a part is a part of the result. But for the
+    norm, which knows all of them.
+    """
+    is_whole = OPTIONS[name]["max_norm"] is None
     sizes = awkward_sizes(dtype)
     arrays, expected = case(name, dtype, max(sizes))
     where = offsets(dtype)
@@ -72,7 +75,10 @@ def test_every_option_at_every_size(name, dtype, isa):
         part = arrays.map(lambda array, size=size: array[:size])
         shifted = [where[(size + stream) % len(where)] for stream in range(len(arrays))]
         result = step_in_guards(isa, OPTIONS[name], 3, part, shifted)
-        assert_same_arrays(result, [array[:size] for array in expected], f"size {size}")
+        if is_whole:
+            assert_same_arrays(result, [array[:size] for array in expected], f"size {size}")
+        else:
+            assert_same_arrays(result, reference.adam(*part, step=3, **OPTIONS[name]), f"size {size}")
 
 
 @each_isa

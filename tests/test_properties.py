@@ -145,8 +145,7 @@ def test_the_class_is_the_function(training, options):
     step = 0
     for grad in grads:
         if grad is not None:
-            step += 1
-            adam_step(stepped, grad, step=step, **state, **options)
+            step += not adam_step(stepped, grad, step=step + 1, **state, **options).skipped
     assert_same_bits(trained[0], stepped)
     wanted = _core.streams_of(options)
     for stream in STREAMS:
@@ -158,7 +157,10 @@ def test_the_class_is_the_function(training, options):
 @thorough
 @given(streams(), options, step_numbers)
 def test_elements_do_not_know_each_other(arrays, options, step):
-    """In another order they are updated to the same values: all lanes of all vectors are alike."""
+    """In another order they are updated to the same values: all lanes of all vectors are alike. But for the
+    norm, whose last bits depend on the order.
+    """
+    options = {**options, "max_norm": None}
     order = np.random.default_rng(0).permutation(arrays.param.size)
     expected = arrays.copy()
     expected.step(options, step)
