@@ -82,12 +82,12 @@ void StepPlan::begin(bool zero_grad, double grad_scale) {
 void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
   const bool l2 = !hyper.decoupled_weight_decay && hyper.weight_decay != 0.0;
   rules_.push_back({coefficients(hyper, step),
-                    {},
                     hyper.max_norm,
                     hyper.clip_value,
                     l2,
                     hyper.amsgrad,
                     hyper.keeps_ema(),
+                    {},
                     {}});
   measures_ |= hyper.measures();
   skips_nonfinite_ |= hyper.skip_nonfinite;
@@ -175,15 +175,25 @@ void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int6
                          int64_t last) const noexcept {
   const Stages stages = stages_of(array, table);
   const Rule& rule = rules_[array.rule];
-  const bool scales = rule.scales_grad[array.dtype];
   // The rule alone needs no tiles.
-  const int64_t tile = stages.count == 1 && !scales && !zero_grad_ ? last - first : kTile;
+  if (stages.count == 1 && !rule.scales_grad[array.dtype] && !zero_grad_) {
+    const Streams piece =
+        first == 0 ? array.streams : from_element(array.streams, array.dtype, first);
+    stages.at[0](piece, last - first, rule.coefficients);
+  } else {
+    run_tiles(array, stages, table, first, last);
+  }
+}
+
+void StepPlan::run_tiles(const ArrayUpdate& array, const Stages& stages, const StageTable& table,
+                         int64_t first, int64_t last) const noexcept {
+  const Rule& rule = rules_[array.rule];
   GradTile scaled;
-  for (int64_t begin = first; begin < last; begin += tile) {
-    const int64_t count = std::min(tile, last - begin);
-    Streams piece = begin == 0 ? array.streams : from_element(array.streams, array.dtype, begin);
+  for (int64_t begin = first; begin < last; begin += kTile) {
+    const int64_t count = std::min(kTile, last - begin);
+    Streams piece = from_element(array.streams, array.dtype, begin);
     void* const grad = piece.at[kGrad];
-    if (scales) {
+    if (rule.scales_grad[array.dtype]) {
       scale_stage(table, array.dtype, rule.grad)(grad, scaled.bytes, count, rule.grad);
       piece.at[kGrad] = scaled.bytes;
     }

@@ -51,10 +51,10 @@ class StepPlan {
   };
   struct Rule {
     CoefficientSet coefficients;
-    GradCoefficientSet grad;
     double max_norm, clip_value;  // HyperParameters::kNone: none
     bool l2, amsgrad, ema;
     bool scales_grad[kDTypes];
+    GradCoefficientSet grad;  // only where it scales
   };
   // What is done to each piece of an array, in this order.
   struct Stages {
@@ -71,6 +71,8 @@ class StepPlan {
   Stages stages_of(const ArrayUpdate& array, const StageTable& table) const noexcept;
   void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                  int64_t last) const noexcept;
+  void run_tiles(const ArrayUpdate& array, const Stages& stages, const StageTable& table,
+                 int64_t first, int64_t last) const noexcept;
   void clear_grads(const StageTable& table, const Threads& threads) const noexcept;
 
   double norm(const StageTable& table, const Threads& threads, bool& finite) noexcept;

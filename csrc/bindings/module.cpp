@@ -5,6 +5,7 @@
 #include "../dispatch.hpp"
 #include "../parallel.hpp"
 #include "contexts.hpp"
+#include "fast_call.hpp"
 #include "functional.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
@@ -50,6 +51,14 @@ std::vector<std::string> streams_of(const py::dict& options) {
 py::object report_for_python(const StepReport& report) {
   if (!report.measured) return py::none();
   return py::make_tuple(report.skipped, report.grad_norm);
+}
+
+// Optimizer.step(grads, param_groups, zero_grad, grad_scale, and what takes the place of options).
+py::object step(Optimizer& optimizer, PyObject* const* args) {
+  OptionOverrides overrides;
+  for (size_t i = 0; i < kOverrides; ++i) overrides[i] = args[4 + i];
+  return report_for_python(
+      optimizer.step(args[0], args[1], args[2] == Py_True, read_grad_scale(args[3]), overrides));
 }
 
 void bind(py::module_& m) {
@@ -107,8 +116,9 @@ void bind(py::module_& m) {
                              })
       .def_property_readonly("named", &Structure::named);
 
-  py::class_<Optimizer>(m, "Optimizer")
-      .def(py::init<const std::string&, const Threads&>(), py::arg("isa"), py::arg("threads"))
+  py::class_<Optimizer> optimizer(m, "Optimizer");
+  add_fast_method<Optimizer, 4 + kOverrides, step>(optimizer, "step");
+  optimizer.def(py::init<const std::string&, const Threads&>(), py::arg("isa"), py::arg("threads"))
       .def("__len__", &Optimizer::size)
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)
@@ -116,15 +126,6 @@ void bind(py::module_& m) {
       .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
            py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
-      .def(
-          "step",
-          [](Optimizer& self, py::handle grads, py::handle param_groups, bool zero_grad,
-             py::handle grad_scale, const py::dict& overrides) {
-            return report_for_python(
-                self.step(grads, param_groups, zero_grad, grad_scale, overrides));
-          },
-          py::arg("grads"), py::arg("param_groups"), py::arg("zero_grad"), py::arg("grad_scale"),
-          py::arg("overrides"))
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)

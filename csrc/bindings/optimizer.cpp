@@ -311,22 +311,19 @@ bool Optimizer::check_and_plan(bool zero_grad, double grad_scale) {
 // --- Steps -------------------------------------------------------------------------------------
 
 StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_grad,
-                           py::handle grad_scale, const py::dict& overrides) {
+                           double grad_scale, const OptionOverrides& overrides) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads);
   read_groups(param_groups);
-  const double scale = read_grad_scale(grad_scale);
-  if (!overrides.empty()) {
-    for (HyperParameters& hyper : hypers_) reader_.update(hyper, overrides);
-  }
-  if (check_and_plan(zero_grad, scale)) {
+  for (HyperParameters& hyper : hypers_) reader_.override_by(overrides, hyper);
+  if (check_and_plan(zero_grad, grad_scale)) {
     std::vector<unsigned> wanted = wanted_by_options();
     for (size_t i = 0; i < slots_.size(); ++i) {
       if (grads_[i].is_none()) wanted[i] = 0;
     }
     add_missing(wanted);
-    check_and_plan(zero_grad, scale);
+    check_and_plan(zero_grad, grad_scale);
   }
   // From here on nothing can fail.
   StepReport report;

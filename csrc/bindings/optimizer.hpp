@@ -43,9 +43,9 @@ class Optimizer {
   }
 
   // One step. grads is like params or, if grouped(), a sequence with an entry for each group.
-  // overrides: options for this step in the place of those of all groups.
-  StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, py::handle grad_scale,
-                  const py::dict& overrides);
+  // overrides: for this step, in the place of the options of all groups.
+  StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, double grad_scale,
+                  const OptionOverrides& overrides);
 
   // Fills gradients with zeros, after the checks of a step.
   void zero(py::handle grads);

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -179,19 +180,32 @@ OptionReader::OptionReader() {
 
 HyperParameters OptionReader::read(const py::dict& group, const std::string& where) const {
   HyperParameters hyper;
-  for (size_t i = 0; i < keys_.size(); ++i) {
-    const py::object value = dict_item(group, keys_[i]);
-    if (!value) throw py::value_error(place(where, keys_[i]) + " is missing.");
-    set(hyper, i, value, where);
+  size_t i = 0;
+#if !defined(Py_GIL_DISABLED)
+  // Most groups have their options in the order of the table, where no key needs to be looked up.
+  py::ssize_t position = 0;
+  PyObject *key, *value;
+  while (i < keys_.size() && PyDict_Next(group.ptr(), &position, &key, &value) != 0 &&
+         key == keys_[i].ptr()) {
+    set(hyper, i++, py::reinterpret_borrow<py::object>(value), where);
+  }
+#endif
+  for (; i < keys_.size(); ++i) {
+    const py::object found = dict_item(group, keys_[i]);
+    if (!found) throw py::value_error(place(where, keys_[i]) + " is missing.");
+    set(hyper, i, found, where);
   }
   refuse_two_clips(hyper, where);
   return hyper;
 }
 
-void OptionReader::update(HyperParameters& hyper, const py::dict& arguments) const {
-  for (size_t i = 0; i < keys_.size(); ++i) {
-    const py::object value = dict_item(arguments, keys_[i]);
-    if (value) set(hyper, i, value, "");
+void OptionReader::override_by(const OptionOverrides& overrides, HyperParameters& hyper) const {
+  const std::vector<OptionInfo>& table = option_table();
+  for (size_t i = 0; i < kOverrides; ++i) {
+    if (overrides[i].is_none()) continue;
+    for (size_t k = 0; k < table.size(); ++k) {
+      if (table[k].name == std::string_view(kOverridable[i])) set(hyper, k, overrides[i], "");
+    }
   }
   refuse_two_clips(hyper, "");
 }

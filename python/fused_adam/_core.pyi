@@ -72,7 +72,10 @@ class Optimizer:
         param_groups: object,
         zero_grad: bool,
         grad_scale: float | None,
-        overrides: dict[str, Any],
+        max_norm: float | None,
+        clip_value: float | None,
+        skip_nonfinite: bool | None,
+        /,
     ) -> tuple[bool, float] | None: ...
     def zero(self, grads: object) -> None: ...
     def state(self, index: int) -> dict[str, Any]: ...

@@ -25,9 +25,6 @@ Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
 Grads: TypeAlias = "Array | Iterable[Grads] | Mapping[Any, Grads] | None"
 
 
-_NO_OVERRIDES: Final[dict[str, Any]] = {}
-
-
 class _Grads(NamedTuple):
     """What :attr:`Adam.grads` holds, and for how many groups; those of later ones are still to be made."""
 
@@ -221,11 +218,9 @@ class Adam:
             grads = self.grads
         if zero_grad is not False:
             _config.require_flag("zero_grad", zero_grad)
-        overrides = _NO_OVERRIDES
-        if not (max_norm is clip_value is skip_nonfinite is None):
-            given = {"max_norm": max_norm, "clip_value": clip_value, "skip_nonfinite": skip_nonfinite}
-            overrides = {name: value for name, value in given.items() if value is not None}
-        report = self._core.step(grads, self.param_groups, zero_grad, grad_scale, overrides)
+        report = self._core.step(
+            grads, self.param_groups, zero_grad, grad_scale, max_norm, clip_value, skip_nonfinite
+        )
         if report is None:
             return PLAIN_STEP
         info = StepInfo(*report)
