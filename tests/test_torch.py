@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cases import assert_same_bits, each_dtype
-from fused_adam import Adam, AdamW
+from fused_adam import Adam, AdamW, LossScale
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -224,3 +224,92 @@ def test_a_long_training():
         pair.step_at_random()
         if step % 100 == 99:
             pair.assert_same()
+
+
+@each_dtype
+@pytest.mark.parametrize("scale", [65536.0, 1.0, 3.0, float(np.float32(0.1)), 2.0**-20])
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+def test_scaled_gradients(maximize, scale, dtype):
+    """torch divides by a float32 tensor, and writes the quotients back; ours stay as they are."""
+    pair = Pair(5, dtype, AdamW, torch.optim.AdamW, maximize=maximize)
+    pair.theirs.grad_scale, pair.theirs.found_inf = torch.tensor(scale), torch.tensor(0.0)
+    for _ in range(8):
+        grads = [pair.random(param.shape, param.dtype) for param in pair.params]
+        before = [grad.copy() for grad in grads]
+        pair.ours.step(pair.by_group(grads), grad_scale=scale, skip_nonfinite=True)
+        for tensor, grad in zip(pair.tensors, grads, strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
+        pair.theirs.step()
+        pair.assert_same()
+        assert all(assert_same_bits(*both) is None for both in zip(grads, before, strict=True))
+
+
+def test_skipped_steps():
+    pair = Pair(6, np.float32)
+    for k in range(6):
+        grads = [pair.random(param.shape, param.dtype) for param in pair.params]
+        if k % 2:
+            grads[1][2, 3] = np.inf
+        skipped = pair.ours.step(pair.by_group(grads), skip_nonfinite=True).skipped
+        assert skipped == k % 2
+        pair.theirs.grad_scale, pair.theirs.found_inf = torch.tensor(1.0), torch.tensor(float(skipped))
+        for tensor, grad in zip(pair.tensors, grads, strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
+        pair.theirs.step()
+        pair.assert_same()
+    assert pair.ours.skipped_steps == 3
+
+
+@each_dtype
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+def test_clip_grad_norm(max_norm, dtype):
+    """Theirs is summed in the dtype of the gradients, which decides its last digits."""
+    rtol = 1e-5 if dtype is np.float32 else 1e-13
+    pair = Pair(7, dtype)
+    for _ in range(4):
+        grads = [pair.random(param.shape, param.dtype) for param in pair.params]
+        info = pair.ours.step(pair.by_group(grads), max_norm=max_norm)
+        for tensor, grad in zip(pair.tensors, grads, strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
+        norm = torch.nn.utils.clip_grad_norm_(pair.tensors, max_norm)
+        np.testing.assert_allclose(info.grad_norm, norm.item(), rtol=rtol)
+        pair.theirs.step()
+        for i, tensor in enumerate(pair.tensors):
+            expected = pair.theirs.state[tensor]["exp_avg"].numpy()
+            np.testing.assert_allclose(pair.ours.state[i]["exp_avg"], expected, rtol=2 * rtol, atol=1e-30)
+
+
+@each_dtype
+def test_clip_grad_value(dtype):
+    pair = Pair(8, dtype)
+    for _ in range(4):
+        grads = [pair.random(param.shape, param.dtype) for param in pair.params]
+        pair.ours.step(pair.by_group(grads), clip_value=0.02)
+        for tensor, grad in zip(pair.tensors, grads, strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
+        torch.nn.utils.clip_grad_value_(pair.tensors, 0.02)
+        pair.theirs.step()
+        pair.assert_same()
+
+
+def test_loss_scale_goes_as_grad_scaler():
+    """On gradients that overflow now and then; each loads what the other saved."""
+    options = {"init_scale": 2.0**14, "growth_factor": 3.0, "backoff_factor": 0.4, "growth_interval": 3}
+    ours, theirs = LossScale(**options), torch.amp.GradScaler("cpu", **options)
+    param = torch.nn.Parameter(torch.zeros(16))
+    sgd = torch.optim.SGD([param], lr=0.0)
+    opt = Adam(np.zeros(16, np.float32), lr=0.0)
+    for k in range(60):
+        assert float(ours) == theirs.scale(torch.tensor(1.0)).item() == theirs.get_scale()
+        grad = np.full(16, np.inf if k % 11 in (3, 4) else 1.0, np.float32)
+        param.grad = torch.from_numpy(grad)
+        theirs.step(sgd)
+        theirs.update()
+        ours.update(opt.step(grad, grad_scale=ours, skip_nonfinite=True))
+        if k % 7 == 0:
+            assert ours.state_dict() == theirs.state_dict()
+            saved, ours, theirs = theirs.state_dict(), LossScale(), torch.amp.GradScaler("cpu")
+            ours.load_state_dict(saved)
+            theirs.load_state_dict(ours.state_dict())
+            theirs.scale(torch.tensor(1.0))  # it is lazy
+    assert opt.skipped_steps == 12

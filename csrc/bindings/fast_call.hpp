@@ -44,8 +44,9 @@ void add_fast_method(py::class_<Self>& type, const char* name) {
     return translated([&] { return function(*py::handle(self).cast<Self*>(), args); });
   };
   static PyMethodDef definition = {
-      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-                static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(call))),
+      name,
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
+          static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(call))),
       METH_FASTCALL, nullptr};
   auto* const cls = reinterpret_cast<PyTypeObject*>(type.ptr());
   type.attr(name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(cls, &definition));

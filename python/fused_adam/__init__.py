@@ -16,5 +16,15 @@ from fused_adam._step_info import StepInfo
 from fused_adam.adam import Adam
 from fused_adam.adamw import AdamW
 from fused_adam.functional import adam_step
+from fused_adam.loss_scale import LossScale
 
-__all__ = ["Adam", "AdamW", "CheckpointError", "StepInfo", "__version__", "adam_step", "show_config"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "LossScale",
+    "StepInfo",
+    "__version__",
+    "adam_step",
+    "show_config",
+]
