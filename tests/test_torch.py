@@ -276,7 +276,8 @@ def test_clip_grad_norm(max_norm, dtype):
         pair.theirs.step()
         for i, tensor in enumerate(pair.tensors):
             expected = pair.theirs.state[tensor]["exp_avg"].numpy()
-            np.testing.assert_allclose(pair.ours.state[i]["exp_avg"], expected, rtol=2 * rtol, atol=1e-30)
+            atol = rtol * abs(expected).max(initial=0)  # the average cancels here and there
+            np.testing.assert_allclose(pair.ours.state[i]["exp_avg"], expected, rtol=rtol, atol=atol)
 
 
 @each_dtype

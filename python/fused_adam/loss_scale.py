@@ -129,9 +129,8 @@ def _checked(state: dict[str, Any], where: str) -> dict[str, Any]:
     for key, (low, high, expected) in _RANGES.items():
         name = where.format("init_scale" if key == "scale" and where == "{}" else key)
         value = state[key]
-        if isinstance(value, (bool, np.bool_)) or not isinstance(
-            value, (int, float, np.integer, np.floating)
-        ):
+        is_number = isinstance(value, (int, float, np.integer, np.floating))
+        if isinstance(value, (bool, np.bool_)) or not is_number:
             raise TypeError(f"{name} must be a number, got {value!r}.")
         if key in ("growth_interval", "_growth_tracker"):
             value = _config.as_int(name, value)
