@@ -4,30 +4,10 @@
 #include <cmath>
 #include <limits>
 
-#include "float_mode.hpp"
-#include "parallel.hpp"
-#include "stream_table.hpp"
+#include "slices.hpp"
 
 namespace fused_adam {
 namespace {
-
-// Work is cut at multiples of a cache line of param: no two threads write to the same line of an
-// aligned array, and a float64 element counts twice a float32 one, as it does for memory.
-constexpr int64_t kLineBytes = 64;
-
-// In bytes: to divide by the elements of a line, which the compiler does not know, took a tenth of
-// the time of 1000 small arrays.
-int64_t lines_of(DType dtype, int64_t elements) {
-  return (elements * size_of(dtype) + kLineBytes - 1) / kLineBytes;
-}
-
-struct ElementsPerLine {
-  int64_t of[kDTypes] = {};
-  constexpr ElementsPerLine() {
-    for (int i = 0; i < kDTypes; ++i) of[i] = kLineBytes / size_of(static_cast<DType>(i));
-  }
-};
-constexpr ElementsPerLine kElementsPerLine;
 
 // Elements that all stages of a step go through before the next ones: few enough for all streams to
 // stay in the first-level cache meanwhile (6 of 8 bytes: 24 KiB). 1024 were as fast, in AVX2 and
@@ -43,10 +23,6 @@ Streams from_element(const Streams& streams, DType dtype, int64_t first) {
     piece.at[i] = static_cast<char*>(streams.at[i]) + bytes_of(stream, dtype, first);
   }
   return piece;
-}
-
-void* element_at(void* array, DType dtype, int64_t i) {
-  return static_cast<char*>(array) + i * size_of(dtype);
 }
 
 ScaleGrad scale_stage(const StageTable& table, DType dtype, const GradCoefficientSet& grad) {
@@ -123,31 +99,13 @@ StepReport StepPlan::run(const StageTable& table, const Threads& threads) noexce
     return report;
   }
   prepare_grads(report.grad_norm);
-  for_slices(threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
+  for_slices(arrays_, threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
     run_slice(array, table, first, last);
   });
   return report;
 }
 
 // --- The pass that updates ---------------------------------------------------------------------
-
-template <class Body>
-void StepPlan::for_slices(const Threads& threads, Body body) const noexcept {
-  if (arrays_.empty()) return;
-  for_lines(arrays_.back().line_end, threads, [&](int64_t begin, int64_t end) {
-    const DefaultFloatMode mode;
-    auto array =
-        std::upper_bound(arrays_.begin(), arrays_.end(), begin,
-                         [](int64_t line, const ArrayUpdate& a) { return line < a.line_end; });
-    int64_t line_begin = array == arrays_.begin() ? 0 : (array - 1)->line_end;
-    for (; array != arrays_.end() && line_begin < end; line_begin = array->line_end, ++array) {
-      const int64_t per_line = kElementsPerLine.of[array->dtype];
-      const int64_t first = std::max<int64_t>(begin - line_begin, 0) * per_line;
-      const int64_t last = std::min((end - line_begin) * per_line, array->size);
-      body(*array, first, last);
-    }
-  });
-}
 
 void StepPlan::prepare_grads(double grad_norm) noexcept {
   constexpr double kNoBound = std::numeric_limits<double>::infinity();
@@ -203,7 +161,7 @@ void StepPlan::run_tiles(const ArrayUpdate& array, const Stages& stages, const S
 }
 
 void StepPlan::clear_grads(const StageTable& table, const Threads& threads) const noexcept {
-  for_slices(threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
+  for_slices(arrays_, threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
     table.clear_grad[array.dtype](element_at(array.streams.at[kGrad], array.dtype, first),
                                   last - first);
   });

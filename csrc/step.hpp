@@ -66,8 +66,6 @@ class StepPlan {
     void add(Stage stage) { at[count++] = stage; }
   };
 
-  template <class Body>
-  void for_slices(const Threads& threads, Body body) const noexcept;
   Stages stages_of(const ArrayUpdate& array, const StageTable& table) const noexcept;
   void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                  int64_t last) const noexcept;

@@ -220,7 +220,7 @@ SCALES = (1.0, 65536.0, 2.0**-20, 2.0**127, 2.0**-126, 3.0, 0.1, 1e-37, 3.3e38)
 @each_dtype
 @pytest.mark.parametrize("scale", SCALES)
 def test_gradients_are_divided(scale: float, dtype: Any, isa: str) -> None:
-    """Also where a product with the reciprocal would be another number, or either is subnormal or infinite."""
+    """Also where a product with the reciprocal would be another number, also where it is no normal one."""
     start = random_arrays(3 * TILE + 11, dtype)
     values = awkward_values(dtype)
     start.grad[: values.size] = values

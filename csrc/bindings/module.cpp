@@ -127,6 +127,7 @@ void bind(py::module_& m) {
            py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
       .def("zero", &Optimizer::zero, py::arg("grads"))
+      .def("accumulate", &Optimizer::accumulate, py::arg("sums"), py::arg("grads"))
       .def("state", &Optimizer::state, py::arg("index"))
       .def("all_state", &Optimizer::all_state)
       .def("kinds", &Optimizer::kinds)

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <utility>
 
+#include "../accumulate.hpp"
 #include "containers.hpp"
 #include "without_gil.hpp"
 
@@ -230,43 +231,43 @@ void Optimizer::check_grad(Slot& slot, py::handle array) {
   slot.streams.at[kGrad] = grad.data;
 }
 
-void Optimizer::check_grads_are_clearable(const char* reason) {
-  cleared_.clear();
+void Optimizer::check_grads_are_writeable(const char* why_written, const char* why_alone) {
+  written_grads_.clear();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
     const Place name = place("grad for ", slots_[i]);
-    require_writeable(grads_[i], name, reason);
-    cleared_.add(array_facts(grads_[i], name).memory(), static_cast<int64_t>(i));
+    require_writeable(grads_[i], name, why_written);
+    written_grads_.add(array_facts(grads_[i], name).memory(), static_cast<int64_t>(i));
   }
-  const auto [a, b] = cleared_.index();
+  const auto [a, b] = written_grads_.index();
   if (a == WrittenMemory::kNone) return;
   const auto text = [&](int64_t i) {
     return place("grad for ", slots_[static_cast<size_t>(i)]).str();
   };
-  throw py::value_error(text(b) + " shares memory with " + text(a) +
-                        ", and zero_grad=True sets both to zeros, one before the other is used. "
-                        "Pass a copy.");
+  throw py::value_error(text(b) + " shares memory with " + text(a) + ", and " + why_alone +
+                        " Pass a copy.");
 }
 
-void Optimizer::flatten_grads(py::handle grads) {
-  grads_.clear();
+void Optimizer::flatten_grads(py::handle tree, const char* root,
+                              std::vector<py::object>& grads) const {
+  grads.clear();
   if (!grouped_) {
-    for (const Group& group : groups_) group.structure->flatten(grads, "grads", grads_);
+    for (const Group& group : groups_) group.structure->flatten(tree, root, grads);
     return;
   }
-  if (!PyList_Check(grads.ptr()) && !PyTuple_Check(grads.ptr())) {
-    throw py::value_error("grads: expected a list with an entry for each of the " +
-                          std::to_string(groups_.size()) + " param groups, got " +
-                          Py_TYPE(grads.ptr())->tp_name + ".");
+  const std::string expected = std::string(root) + ": expected ";
+  const std::string count = std::to_string(groups_.size()) + " param groups, got ";
+  if (!PyList_Check(tree.ptr()) && !PyTuple_Check(tree.ptr())) {
+    throw py::value_error(expected + "a list with an entry for each of the " + count +
+                          Py_TYPE(tree.ptr())->tp_name + ".");
   }
-  if (sequence_size(grads) != groups_.size()) {
-    throw py::value_error("grads: expected an entry for each of the " +
-                          std::to_string(groups_.size()) + " param groups, got " +
-                          std::to_string(sequence_size(grads)) + ".");
+  if (sequence_size(tree) != groups_.size()) {
+    throw py::value_error(expected + "an entry for each of the " + count +
+                          std::to_string(sequence_size(tree)) + ".");
   }
   for (size_t i = 0; i < groups_.size(); ++i) {
-    const py::object tree = sequence_item(grads, i);
-    groups_[i].structure->flatten(tree, "grads[" + std::to_string(i) + "]", grads_);
+    const py::object entry = sequence_item(tree, i);
+    groups_[i].structure->flatten(entry, std::string(root) + "[" + std::to_string(i) + "]", grads);
   }
 }
 
@@ -298,7 +299,10 @@ bool Optimizer::check_and_plan(bool zero_grad, double grad_scale) {
     }
   }
   plan_.end();
-  if (zero_grad) check_grads_are_clearable("zero_grad=True sets it to zeros.");
+  if (zero_grad) {
+    check_grads_are_writeable("zero_grad=True sets it to zeros.",
+                              "zero_grad=True sets both to zeros, one before the other is used.");
+  }
   if (memory_is_indexed_) return missing != 0;
   // A param has moved, perhaps onto a grad that was found free before it.
   index_memory();
@@ -314,7 +318,7 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
                            double grad_scale, const OptionOverrides& overrides) {
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
-  flatten_grads(grads);
+  flatten_grads(grads, "grads", grads_);
   read_groups(param_groups);
   for (HyperParameters& hyper : hypers_) reader_.override_by(overrides, hyper);
   if (check_and_plan(zero_grad, grad_scale)) {
@@ -345,7 +349,7 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
 
 void Optimizer::zero(py::handle grads) {
   const StepScope scope(*this);
-  flatten_grads(grads);
+  flatten_grads(grads, "grads", grads_);
   memory_.look_again();
   notice_moved_params();
   if (!memory_is_indexed_) index_memory();
@@ -361,6 +365,45 @@ void Optimizer::zero(py::handle grads) {
     const int64_t bytes = bytes_of(kGrad, param.dtype, param.size);
     memset(slots_[i].streams.at[kGrad], 0, static_cast<size_t>(bytes));
   }
+}
+
+void Optimizer::accumulate(py::handle sums, py::handle grads) {
+  const StepScope scope(*this);
+  std::vector<py::object> added;
+  flatten_grads(grads, "grads", added);
+  flatten_grads(sums, "opt.grads", grads_);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (added[i].is_none()) grads_[i] = py::none();  // nothing is written there
+    if (added[i].is_none() || !grads_[i].is_none()) continue;
+    throw py::value_error("opt.grads has no array for " + place("", slots_[i]).str() +
+                          " to add its gradient to.");
+  }
+  memory_.look_again();
+  notice_moved_params();
+  if (!memory_is_indexed_) index_memory();
+  const auto check = [&](const std::vector<py::object>& arrays) {
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      if (!arrays[i].is_none()) check_grad(slots_[i], arrays[i]);
+    }
+  };
+  check(grads_);
+  check_grads_are_writeable("accumulate() adds to it.", "accumulate() adds to both.");
+  check(added);
+  GradSums all;
+  size_t hint = 0;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (added[i].is_none()) continue;
+    const Place name = place("grad for ", slots_[i]);
+    const ArrayFacts grad = array_facts(added[i], name), sum = array_facts(grads_[i], name);
+    const int64_t owner = written_grads_.owner_of_overlap(grad.memory(), hint);
+    if (owner != WrittenMemory::kNone) {
+      throw py::value_error(name.str() + " shares memory with opt.grads, to which it is added. " +
+                            "Pass a copy.");
+    }
+    all.add(grad.data, sum.data, sum.size, sum.dtype);
+  }
+  const WithoutGil no_gil;
+  all.run(*isa_.stages, threads_);
 }
 
 }  // namespace fused_adam

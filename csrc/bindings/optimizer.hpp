@@ -47,6 +47,9 @@ class Optimizer {
   StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, double grad_scale,
                   const OptionOverrides& overrides);
 
+  // Adds gradients to others, which are like them, after the checks of a step.
+  void accumulate(py::handle sums, py::handle grads);
+
   // Fills gradients with zeros, after the checks of a step.
   void zero(py::handle grads);
 
@@ -109,12 +112,13 @@ class Optimizer {
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
   // The checked dicts and their options into dicts_ and hypers_.
   void read_groups(py::handle param_groups);
-  void flatten_grads(py::handle grads);
+  void flatten_grads(py::handle tree, const char* root, std::vector<py::object>& grads) const;
   void check_layout(Slot& slot);
   void check_param(Slot& slot);
   void check_grad(Slot& slot, py::handle array);
   void notice_moved_params();
-  void check_grads_are_clearable(const char* reason);
+  // That they can be written, and no two share memory, for a step that has these reasons.
+  void check_grads_are_writeable(const char* why_written, const char* why_alone);
   bool check_and_plan(bool zero_grad, double grad_scale);
   // Of each slot, by the options read last: the streams that it needs, a bit for each.
   std::vector<unsigned> wanted_by_options() const;
@@ -133,7 +137,7 @@ class Optimizer {
   std::atomic<bool> grouped_{false};
   WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
-  WrittenMemory cleared_;  // gradients that this step sets to zeros
+  WrittenMemory written_grads_;  // gradients that this call writes
   // Of the step that runs; kept between steps for their memory only.
   StepPlan plan_;
   std::vector<py::object> grads_;
@@ -150,7 +154,7 @@ class Optimizer::StepScope {
     optimizer_.grads_.clear();
     optimizer_.dicts_.clear();
     optimizer_.hypers_.clear();
-    optimizer_.cleared_.clear();
+    optimizer_.written_grads_.clear();
     optimizer_.plan_.begin(false);
   }
   StepScope(const StepScope&) = delete;

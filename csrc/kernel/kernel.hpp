@@ -22,6 +22,7 @@ using Stage = void (*)(const Streams&, int64_t count, const CoefficientSet&);
 using ScaleGrad = void (*)(const void* grad, void* scaled, int64_t count,
                            const GradCoefficientSet&);
 using ClearGrad = void (*)(void* grad, int64_t count);
+using AddGrad = void (*)(const void* grad, void* sum, int64_t count);
 // To add squares to the lanes of their blocks, of which each has kNormLanes. position: of the first
 // element, counted from where the first block begins.
 using AddSquares = void (*)(const void* grad, int64_t position, int64_t count, double* lanes);
@@ -36,6 +37,7 @@ struct StageTable {
   ClearGrad clear_grad[kDTypes];
   ScaleGrad scale_grad[kDTypes][2];  // by a product; by a division
   AddSquares add_squares[kDTypes];
+  AddGrad add_grad[kDTypes];
 };
 
 // One table per ISA, each compiled with flags of its own; dispatch.cpp says which exist.

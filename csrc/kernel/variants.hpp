@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adam_kernel.hpp"
+#include "add_kernel.hpp"
 #include "average_kernel.hpp"
 #include "clear_kernel.hpp"
 #include "norm_kernel.hpp"
@@ -28,6 +29,7 @@ constexpr StageTable stage_table() {
       {{scale_grad<F32, false>, scale_grad<F32, true>},
        {scale_grad<F64, false>, scale_grad<F64, true>}},
       {add_squares<F64, float>, add_squares<F64, double>},
+      {add_grad<F32>, add_grad<F64>},
   };
 }
 

@@ -257,6 +257,34 @@ class Adam:
         held = _Grads(tree, self._core.grouped, len(self._core.structures))
         self._grads = None if grads is None else held
 
+    def accumulate(self, grads: Grads | Sequence[Grads]) -> None:
+        """Add gradients to the buffers of :attr:`grads`, as over the micro-batches of a step.
+
+        Parameters
+        ----------
+        grads : like params
+            As in :meth:`step`. Where an entry is None, nothing is added.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Something about gradients or buffers is not as it has to be; a gradient that shares memory with
+            a buffer. Nothing has changed then.
+        RuntimeError
+            Another thread is inside a step of this optimizer.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> w = np.zeros(2)
+        >>> opt = Adam(w, max_norm=1.0)
+        >>> for grad in (np.array([1.0, 2.0]), np.array([5.0, 6.0])):  # two micro-batches
+        ...     opt.accumulate(grad)
+        >>> opt.step(grad_scale=2.0, zero_grad=True)  # by their mean
+        StepInfo(skipped=False, grad_norm=5.0)
+        """
+        self._core.accumulate(self.grads, grads)
+
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
         if self._grads is not None:
