@@ -25,6 +25,7 @@ struct Row {
   void (*set)(HyperParameters&);  // what it changes of the options in digest()
   uint64_t expected[kDTypes];
   bool zero_grad = false, begins_ema = false;
+  double grad_scale = 1.0;
 };
 
 // "From grad": the average is nearer to the gradient. "Beta2 almost 1": the smallest corrections.
@@ -81,6 +82,25 @@ const Row kRows[] = {
      [](HyperParameters& h) { h.ema_decay = 0.9, h.weight_decay = 0.01, h.amsgrad = true; },
      {0xA78AE05D71EAC10F, 0x50AB61883ED0194B},
      true,
+     true},
+    {"clip_value, grad_scale 3",
+     [](HyperParameters& h) { h.clip_value = 0.2; },
+     {0x856D72DC164DBECE, 0xD3FA3540ACAC87B0},
+     false,
+     false,
+     3.0},
+    {"max_norm",
+     [](HyperParameters& h) { h.max_norm = 0.5; },
+     {0x93D0CFA3B5D5FB6E, 0x4440196C6C48BC3A}},
+    {"max_norm, grad_scale 1024, ema, zero_grad",
+     [](HyperParameters& h) { h.max_norm = 3.0, h.ema_decay = 0.9; },
+     {0xDA3AE91154E872AB, 0x30AF5A4E0182BEC7},
+     true,
+     false,
+     1024.0},
+    {"skip_nonfinite, zero_grad",
+     [](HyperParameters& h) { h.skip_nonfinite = true; },
+     {0x2C116A0FB02AFA7E, 0x4649A1028A060771},
      true},
 };
 
@@ -159,14 +179,18 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
       for (int64_t i = 0; i < length; ++i) stream.push_back(random.value<T>());
       streams.at[info.stream] = stream.data();
     }
+    if (hyper.clips_norm()) {  // which would make NaN of everything
+      for (T& value : values[kGrad]) value = std::isfinite(value) ? value : T(1);
+    }
     for (T& value : values[kExpAvgSq]) value = std::abs(value);
     for (T& value : values[kMaxExpAvgSq]) value = std::abs(value);
     StepPlan plan;
-    plan.begin(row.zero_grad);
+    plan.begin(row.zero_grad, row.grad_scale);
     plan.set_rule(hyper, 1 + 7 * round);
     plan.add_array(streams, length, dtype, row.begins_ema);
     plan.end();
-    plan.run(stages, {Threads::kTeam, threads});
+    const StepReport report = plan.run(stages, {Threads::kTeam, threads});
+    if (report.measured) result.add(report.grad_norm);
     for (const auto& stream : values) {
       for (const T value : stream) result.add(value);
     }
