@@ -330,3 +330,66 @@ def test_options_are_not_shared() -> None:
     for options in (opt.defaults, *opt.param_groups, saved):
         assert options["betas"] == (0.9, 0.99)
     assert saved["schedule"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "slip, option",
+    [
+        ("weigth_decay", "weight_decay"),
+        ("wieght_decay", "weight_decay"),
+        ("weight_deacy", "weight_decay"),
+        ("beta", "betas"),
+        ("amsgard", "amsgrad"),
+        ("maximise", "maximize"),
+        ("ema_decy", "ema_decay"),
+        ("maxnorm", "max_norm"),
+        ("clip_values", "clip_value"),
+        ("decoupled_weight_deacy", "decoupled_weight_decay"),
+    ],
+)
+def test_slips_in_groups_are_refused(slip: str, option: str) -> None:
+    message = re.escape(f"has a key {slip!r}, which is no option: did you mean {option!r}?")
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\] {message}$"):
+        Adam([{"params": np.ones(2), slip: 0.1}])
+    opt = Adam(np.ones(2))
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\] {message}$"):
+        opt.add_param_group({"params": np.ones(2), slip: 0.1})
+    assert len(opt.param_groups) == 1
+
+
+def test_keys_of_others_are_no_slips() -> None:
+    others = [
+        "initial_lr",
+        "max_lr",
+        "min_lr",
+        "base_lr",
+        "swa_lr",
+        "lr_scale",
+        "lr_mult",
+        "max_momentum",
+        "momentum",
+    ]
+    others += [
+        "base_momentum",
+        "name",
+        "tag",
+        "weight_decay_scale",
+        "weight_decay_mult",
+        "wd_mult",
+        "foreach",
+        "fused",
+    ]
+    others += [
+        "capturable",
+        "differentiable",
+        "step",
+        "eta_min",
+        "lr_decay",
+        "layer",
+        "warmup",
+        "param_names",
+        3,
+    ]
+    opt = Adam([{"params": np.ones(2), **dict.fromkeys(others, 1)}])
+    assert set(others) < set(opt.param_groups[0])
+    opt.step([np.ones(2)])

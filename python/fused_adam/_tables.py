@@ -60,6 +60,19 @@ def used(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k not in LATER or v != DEFAULTS[k]}
 
 
+def refuse_slips(group: Mapping[Any, Any], where: str) -> None:
+    """ValueError for a key that is nearly the name of an option. Others are somebody's own, and kept."""
+    unknown = [key for key in group if isinstance(key, str) and key not in DEFAULTS and key != "params"]
+    if not unknown:
+        return
+    from difflib import get_close_matches  # seldom needed
+
+    for key in unknown:
+        for option in get_close_matches(key, [*DEFAULTS, "params"], 1, 0.8):
+            if f"{option}_" not in key and f"_{option}" not in key:  # weight_decay_scale is no slip
+                raise ValueError(f"{where} has a key {key!r}, which is no option: did you mean {option!r}?")
+
+
 def unknown_features(required: Iterable[str]) -> list[str]:
     known = [*DEFAULTS, *STATE]
     return [feature for feature in required if feature not in known]

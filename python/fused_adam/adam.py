@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fused_adam import _checkpoint, _config, _core
 from fused_adam._state import OptimizerState
 from fused_adam._step_info import PLAIN_STEP, StepInfo
-from fused_adam._tables import DEFAULTS, options_in, used
+from fused_adam._tables import DEFAULTS, options_in, refuse_slips, used
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -104,7 +104,8 @@ class Adam:
     ValueError
         An array that cannot be updated in place (strided, unaligned, byte-swapped, read-only, masked),
         memory that is used twice, an option out of range, no arrays at all, keys of a dict that are
-        different but have the same repr.
+        different but have the same repr. A key of a group that is nearly the name of an option, as
+        ``weigth_decay``; others are kept.
 
     References
     ----------
@@ -591,6 +592,8 @@ class Adam:
         if "params" not in param_group:
             raise ValueError(f"{where} has no key 'params'.")
         options = {**self.defaults, **param_group}
+        if not frozen:
+            refuse_slips(param_group, where)
         for key, value in options.items():
             is_array = isinstance(value, np.ndarray) and value.size > 1
             if key != "params" and is_array and not frozen:
