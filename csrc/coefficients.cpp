@@ -88,7 +88,7 @@ template <class T>
 GradCoefficients<T> narrow(double grad_scale, double clip, double bound) {
   const T scale = static_cast<T>(grad_scale), reciprocal = T(1) / scale;
   int exponent;
-  const bool divides = std::frexp(scale, &exponent) != T(0.5) || std::isinf(reciprocal);
+  const bool divides = std::frexp(scale, &exponent) != T(0.5);
   return {divides ? scale : reciprocal, static_cast<T>(clip), static_cast<T>(bound), divides};
 }
 

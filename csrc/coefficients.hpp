@@ -81,7 +81,8 @@ struct GradCoefficientSet {
   GradCoefficients<double> f64;
 };
 
-// grad_scale: > 0. clip: of the norm; what is NaN makes every gradient NaN. bound: >= 0.
+// grad_scale: a normal float32 number > 0. clip: of the norm; what is NaN makes every gradient NaN.
+// bound: >= 0.
 GradCoefficientSet grad_coefficients(double grad_scale, double clip, double bound);
 
 // By which gradients of this norm are multiplied, as in torch.nn.utils.clip_grad_norm_:

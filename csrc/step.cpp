@@ -47,12 +47,15 @@ double sum_of_pairs(double* sums, size_t count) noexcept {
 
 // --- The plan ----------------------------------------------------------------------------------
 
-void StepPlan::begin(bool zero_grad, double grad_scale) {
+void StepWishes::add(const HyperParameters& hyper) {
+  measures |= hyper.measures();
+  skips_nonfinite |= hyper.skip_nonfinite;
+}
+
+void StepPlan::begin(const StepWishes& wishes) {
   arrays_.clear();
   rules_.clear();
-  zero_grad_ = zero_grad;
-  grad_scale_ = grad_scale;
-  measures_ = skips_nonfinite_ = false;
+  wishes_ = wishes;
 }
 
 void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
@@ -65,8 +68,6 @@ void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
                     hyper.keeps_ema(),
                     {},
                     {}});
-  measures_ |= hyper.measures();
-  skips_nonfinite_ |= hyper.skip_nonfinite;
 }
 
 void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema) {
@@ -81,28 +82,31 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool
 }
 
 void StepPlan::end() {
-  if (!measures_ || arrays_.empty()) return;
+  if (!wishes_.measures || arrays_.empty()) return;
   const int64_t blocks = (arrays_.back().element_end + kNormBlock - 1) / kNormBlock;
   sums_.resize(static_cast<size_t>(blocks));
 }
 
-StepReport StepPlan::run(const StageTable& table, const Threads& threads) noexcept {
+StepReport StepPlan::measure(const StageTable& table, const Threads& threads) noexcept {
   StepReport report;
-  report.measured = measures_;
-  if (measures_) {
-    bool finite = true;
-    if (!arrays_.empty()) report.grad_norm = norm(table, threads, finite);
-    report.skipped = skips_nonfinite_ && !finite;
-  }
+  if (!wishes_.measures) return report;
+  bool finite = true;
+  report.measured = true;
+  if (!arrays_.empty()) report.grad_norm = norm(table, threads, finite);
+  report.skipped = wishes_.skips_nonfinite && !finite;
+  return report;
+}
+
+void StepPlan::run(const StageTable& table, const Threads& threads,
+                   const StepReport& report) noexcept {
   if (report.skipped) {
-    if (zero_grad_) clear_grads(table, threads);
-    return report;
+    if (wishes_.zero_grad) clear_grads(table, threads);
+    return;
   }
   prepare_grads(report.grad_norm);
   for_slices(arrays_, threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
     run_slice(array, table, first, last);
   });
-  return report;
 }
 
 // --- The pass that updates ---------------------------------------------------------------------
@@ -110,10 +114,10 @@ StepReport StepPlan::run(const StageTable& table, const Threads& threads) noexce
 void StepPlan::prepare_grads(double grad_norm) noexcept {
   constexpr double kNoBound = std::numeric_limits<double>::infinity();
   for (Rule& rule : rules_) {
-    if (grad_scale_ == 1.0 && rule.max_norm < 0.0 && rule.clip_value < 0.0) continue;
+    if (wishes_.grad_scale == 1.0 && rule.max_norm < 0.0 && rule.clip_value < 0.0) continue;
     const double clip = rule.max_norm >= 0.0 ? clip_coefficient(rule.max_norm, grad_norm) : 1.0;
     const double bound = rule.clip_value >= 0.0 ? rule.clip_value : kNoBound;
-    rule.grad = grad_coefficients(grad_scale_, clip, bound);
+    rule.grad = grad_coefficients(wishes_.grad_scale, clip, bound);
     rule.scales_grad[kFloat32] = !rule.grad.f32.do_nothing();
     rule.scales_grad[kFloat64] = !rule.grad.f64.do_nothing();
   }
@@ -134,7 +138,7 @@ void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int6
   const Stages stages = stages_of(array, table);
   const Rule& rule = rules_[array.rule];
   // The rule alone needs no tiles.
-  if (stages.count == 1 && !rule.scales_grad[array.dtype] && !zero_grad_) {
+  if (stages.count == 1 && !rule.scales_grad[array.dtype] && !wishes_.zero_grad) {
     const Streams piece =
         first == 0 ? array.streams : from_element(array.streams, array.dtype, first);
     stages.at[0](piece, last - first, rule.coefficients);
@@ -156,7 +160,7 @@ void StepPlan::run_tiles(const ArrayUpdate& array, const Stages& stages, const S
       piece.at[kGrad] = scaled.bytes;
     }
     for (int i = 0; i < stages.count; ++i) stages.at[i](piece, count, rule.coefficients);
-    if (zero_grad_) table.clear_grad[array.dtype](grad, count);
+    if (wishes_.zero_grad) table.clear_grad[array.dtype](grad, count);
   }
 }
 
@@ -172,6 +176,7 @@ void StepPlan::clear_grads(const StageTable& table, const Threads& threads) cons
 // Of the unscaled gradients. Squares of float64 numbers may overflow or vanish where the norm does
 // not: then once more, with numbers that are smaller or larger by a power of two.
 double StepPlan::norm(const StageTable& table, const Threads& threads, bool& finite) noexcept {
+  const DefaultFloatMode mode;
   const double sum = sum_of_squares(table, threads, 1.0);
   finite = std::isfinite(sum);
   const bool all_float32 = std::all_of(arrays_.begin(), arrays_.end(),
@@ -187,9 +192,8 @@ double StepPlan::norm(const StageTable& table, const Threads& threads, bool& fin
 double StepPlan::sum_of_squares(const StageTable& table, const Threads& threads,
                                 double factor) noexcept {
   constexpr double kNoBound = std::numeric_limits<double>::infinity();
-  constexpr int64_t kGroup = 4;  // blocks, of which the kernel reads several in turn
   constexpr int64_t kLinesPerBlock = kNormBlock * sizeof(float) / kLineBytes;
-  GradCoefficientSet grad = grad_coefficients(grad_scale_, factor, kNoBound);
+  GradCoefficientSet grad = grad_coefficients(wishes_.grad_scale, factor, kNoBound);
   // Float32 numbers beside huge float64 ones do not count, and beside vanishing ones they are
   // zeros.
   if (factor > 1.0) grad.f32.clip = 1.0f;
@@ -202,9 +206,9 @@ double StepPlan::sum_of_squares(const StageTable& table, const Threads& threads,
       return (line + kLinesPerBlock - 1) / kLinesPerBlock;
     };
     const int64_t last = first_from(end);
-    for (int64_t block = first_from(begin); block < last; block += kGroup) {
-      const int64_t count = std::min(kGroup, last - block);
-      double lanes[kGroup * kNormLanes] = {};
+    for (int64_t block = first_from(begin); block < last; block += kBlocksAtOnce) {
+      const int64_t count = std::min<int64_t>(kBlocksAtOnce, last - block);
+      double lanes[kBlocksAtOnce * kNormLanes] = {};
       sum_blocks(table, grad, block * kNormBlock, std::min((block + count) * kNormBlock, elements),
                  lanes);
       for (int64_t i = 0; i < count; ++i) {
@@ -212,7 +216,6 @@ double StepPlan::sum_of_squares(const StageTable& table, const Threads& threads,
       }
     }
   });
-  const DefaultFloatMode mode;
   return sum_of_pairs(sums_.data(), sums_.size());
 }
 

@@ -15,6 +15,16 @@
 
 namespace fused_adam {
 
+// What a step is asked for, over all its arrays.
+struct StepWishes {
+  bool zero_grad = false;        // gradients are zeros afterwards, also where the step is skipped
+  bool measures = false;         // the norm of all gradients
+  bool skips_nonfinite = false;  // measures, too
+  double grad_scale = 1.0;       // what gradients are divided by before anything else
+
+  void add(const HyperParameters& hyper);
+};
+
 struct StepReport {
   bool measured = false, skipped = false;
   double grad_norm = 0.0;  // if measured: of the unscaled gradients, before they are clipped
@@ -23,9 +33,7 @@ struct StepReport {
 class StepPlan {
  public:
   // Forgets the last step but keeps its memory: a plan that is used again allocates nothing.
-  // zero_grad: gradients are set to zeros where they have been used, or the step is skipped.
-  // grad_scale: what they are divided by before anything else.
-  void begin(bool zero_grad = false, double grad_scale = 1.0);
+  void begin(const StepWishes& wishes);
 
   // The arrays that are added next take this step, counted from 1, with these options.
   void set_rule(const HyperParameters& hyper, int64_t step);
@@ -33,11 +41,15 @@ class StepPlan {
   // dtype: of param. begins_ema: there are no averages of it yet.
   void add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema = false);
 
-  // No more arrays: makes room for what run() measures.
+  // No more arrays: makes room for what is measured.
   void end();
 
-  // Updates all arrays, cut among threads all together. Nothing in here can fail.
-  StepReport run(const StageTable& table, const Threads& threads) noexcept;
+  // Both cut among threads, all arrays together, and nothing in them can fail. The first one reads
+  // gradients, if it is asked to, and decides; the second one does what it decided.
+  StepReport measure(const StageTable& table, const Threads& threads) noexcept;
+  void run(const StageTable& table, const Threads& threads, const StepReport& report) noexcept;
+
+  bool measures() const { return wishes_.measures; }
 
  private:
   struct ArrayUpdate {
@@ -83,8 +95,7 @@ class StepPlan {
   std::vector<ArrayUpdate> arrays_;
   std::vector<Rule> rules_;
   std::vector<double> sums_;  // of squares, one for each block of elements
-  bool zero_grad_ = false, measures_ = false, skips_nonfinite_ = false;
-  double grad_scale_ = 1.0;
+  StepWishes wishes_;
 };
 
 }  // namespace fused_adam

@@ -185,11 +185,17 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
     for (T& value : values[kExpAvgSq]) value = std::abs(value);
     for (T& value : values[kMaxExpAvgSq]) value = std::abs(value);
     StepPlan plan;
-    plan.begin(row.zero_grad, row.grad_scale);
+    StepWishes wishes;
+    wishes.zero_grad = row.zero_grad;
+    wishes.grad_scale = row.grad_scale;
+    wishes.add(hyper);
+    plan.begin(wishes);
     plan.set_rule(hyper, 1 + 7 * round);
     plan.add_array(streams, length, dtype, row.begins_ema);
     plan.end();
-    const StepReport report = plan.run(stages, {Threads::kTeam, threads});
+    const Threads some = {Threads::kTeam, threads};
+    const StepReport report = plan.measure(stages, some);
+    plan.run(stages, some, report);
     if (report.measured) result.add(report.grad_norm);
     for (const auto& stream : values) {
       for (const T value : stream) result.add(value);

@@ -945,6 +945,11 @@ def test_exclusive_use_that_is_lost_ends() -> None:
     with pytest.raises(RuntimeError, match="is in use"):
         _core.ExclusiveUse(opt._core)
     del use
+    use = _core.ExclusiveUse(opt._core)
+    with use:
+        pass
+    with pytest.raises(RuntimeError, match="has ended"), use:
+        pass
     with _core.ExclusiveUse(opt._core), pytest.raises(RuntimeError, match="is in use"):
         opt.step(np.ones(3))
     opt.step(np.ones(3))

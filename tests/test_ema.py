@@ -586,6 +586,17 @@ def enter_and_lose(trained: Trained) -> None:
     raise KeyboardInterrupt
 
 
+def test_who_did_not_enter_cannot_end() -> None:
+    trained = Trained()
+    block = trained.opt.ema_weights()
+    block.__enter__()
+    with pytest.raises(RuntimeError, match="^the averages are not in the place of the parameters"):
+        trained.opt.ema_weights().__exit__(None, None, None)
+    assert_same_bits(trained.params, trained.averages)
+    del block
+    trained.assert_back()
+
+
 def test_a_lost_block_that_cannot_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)

@@ -610,6 +610,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any, str]] = [
     ((META, "streams", "exp_avg", "elements_per_entry"), 64, "its exp_avg is stored in another way"),
     ((META, "streams", "more"), {"elements_per_entry": 1}, NOT_OURS),
     *(((META, "streams", "exp_avg", "params"), bad, NOT_OURS) for bad in ([0, 0], [0, 2], [-1, 0], [0.0])),
+    *(((META, "streams", "exp_avg", "params"), bad, NOT_OURS) for bad in ([1, 0], [0, 1])),
     *(
         ((META, "streams", "exp_avg", "params"), bad, "arrays that are not Adam's|its table is wrong")
         for bad in ([0], [])

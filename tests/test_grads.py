@@ -24,7 +24,7 @@ from cases import (
     random_arrays,
 )
 from fused_adam import Adam, AdamW, StepInfo, adam_step
-from snapshots import Snapshot, assert_same_bits, assert_same_state, random_like, train
+from snapshots import Snapshot, assert_same_bits, assert_same_state, random_like, refused, train
 
 BLOCK, LANES, TILE = 4096, 8, 512
 NAN, INF = math.nan, math.inf
@@ -105,6 +105,9 @@ def test_norm_is_over_all_groups_and_what_takes_part() -> None:
         ([1e308] * 4, INF),  # as the norm itself is
         ([1e307] * 4, 2e307),
         ([5e-324], 5e-324),
+        ([3e-156, 4e-156], 5e-156),  # whose squares are subnormal
+        ([3e-160, 4e-160], 5e-160),
+        ([3e-140, 4e-140], 5e-140),
         ([0.0, -0.0], 0.0),
         ([1e300, INF], INF),
         ([1e300, NAN], NAN),
@@ -205,15 +208,20 @@ def test_options_of_a_step_take_the_place_of_those_of_groups() -> None:
     assert_same_state(opt, fixed)
     assert opt.step(grad, clip_value=1.0) == StepInfo()
     assert opt.param_groups[0]["max_norm"] is opt.param_groups[0]["clip_value"] is None
-    with pytest.raises(ValueError, match="max_norm and clip_value exclude each other"):
-        fixed.step(grad, clip_value=1.0)
+    assert fixed.step(grad, clip_value=1.0) == StepInfo()  # in the place of its max_norm
+    assert_same_state(fixed, opt)
+    assert fixed.step(grad, max_norm=INF) == StepInfo(False, 5.0)  # which measures, and clips nothing
+    opt.step(grad)
+    assert_same_state(fixed, opt)
+    with pytest.raises(ValueError, match=r"^max_norm and clip_value exclude each other"):
+        fixed.step(grad, clip_value=1.0, max_norm=1.0)
     with pytest.raises(ValueError, match=r"^param_groups\[1\]: max_norm and clip_value exclude each other"):
         Adam(np.ones(2), max_norm=1.0).add_param_group({"params": np.ones(2), "clip_value": 1.0})
 
 
 # --- Scales --------------------------------------------------------------------------------------------
 
-SCALES = (1.0, 65536.0, 2.0**-20, 2.0**127, 2.0**-126, 3.0, 0.1, 1e-37, 3.3e38)
+SCALES = (1.0, 65536.0, 65536.0 * (1 + 1e-9), 2.0**-20, 2.0**127, 2.0**-126, 3.0, 0.1, 1e-37, 3.3e38)
 
 
 @each_isa
@@ -311,21 +319,73 @@ def test_huge_is_not_infinite() -> None:
 
 def test_one_group_that_skips_skips_all() -> None:
     params = [np.zeros(2), np.zeros(2)]
-    opt = Adam([{"params": params[0]}, {"params": params[1], "skip_nonfinite": True}])
-    assert opt.step([np.array([1.0, NAN]), np.ones(2)]).skipped
-    assert not np.any(params)
-    # Where that group takes no part, nobody asked.
-    assert opt.step([np.array([1.0, NAN]), None]) == StepInfo()
+    for which in (0, 1):
+        opt = Adam([{"params": param, "skip_nonfinite": i == which} for i, param in enumerate(params)])
+        for grads in itertools.permutations([np.array([1.0, NAN]), np.ones(2)]):
+            assert opt.step(list(grads)).skipped
+        # Also where that group has no gradients.
+        grads = [np.array([1.0, NAN])] * 2
+        grads[which] = None
+        assert opt.step(grads).skipped
+        assert not np.any(params)
+        assert not opt.step(grads, skip_nonfinite=False).skipped
+        assert np.isnan(params[1 - which][1])
+        params = [np.zeros(2), np.zeros(2)]
+
+
+def test_a_norm_of_nothing_is_zero() -> None:
+    for params, grads in (([np.ones(2)], [None]), ([np.ones(0)], [np.ones(0)])):
+        opt = Adam(params, max_norm=1.0)
+        assert opt.step(grads) == Adam(params).step(grads, max_norm=1.0) == StepInfo(False, 0.0)
+
+
+def test_a_skipped_step_makes_no_streams() -> None:
+    opt = Adam(np.ones(2), skip_nonfinite=True)
+    opt.param_groups[0]["amsgrad"] = True
+    before = Snapshot(opt)
+    assert opt.step(np.array([NAN, 1.0])).skipped
+    before.assert_unchanged()
+    opt.step(np.ones(2))
+    assert opt.state[0]["max_exp_avg_sq"].all()
+
+
+def test_a_scale_is_of_one_step() -> None:
+    one, two = (Adam(np.ones(3)) for _ in range(2))
+    one.step(np.full(3, 8.0), grad_scale=8.0)
+    two.step(np.ones(3))
+    for opt in (one, two):
+        opt.step(np.ones(3))
+    assert_same_state(one, two)
+
+
+def test_arguments_of_a_step_are_read_once() -> None:
+    class Limit:
+        calls = 0
+
+        def __float__(self) -> float:
+            Limit.calls += 1
+            return 1.0
+
+    opt = Adam([{"params": np.ones(2)} for _ in range(3)])
+    opt.step([np.ones(2)] * 3, max_norm=Limit())  # type: ignore[arg-type]
+    assert Limit.calls == 1
+    for bad, error in ((NAN, ValueError), (-1.0, ValueError), ("1", TypeError), (True, TypeError)):
+        for name in ("max_norm", "clip_value"):
+            with refused(error, f"^{name} must be ", opt):
+                opt.step([np.ones(2)] * 3, **{name: bad})  # type: ignore[arg-type]
+    with refused(TypeError, "^skip_nonfinite must be True or False", opt):
+        opt.step([np.ones(2)] * 3, skip_nonfinite=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("skipped", [False, True])
 def test_gradients_of_a_skipped_step_are_cleared_if_asked_for(skipped: bool) -> None:
-    for size in (5, 50_000):
-        opt = Adam(np.zeros(size), max_norm=1.0, skip_nonfinite=True)
-        grad = np.ones(size)
-        grad[3] = NAN if skipped else 1
-        assert opt.step(grad, zero_grad=True).skipped is skipped
-        assert not grad.any()
+    for size, threads in ((5, 1), (50_000, 1), (200_000, 2), (200_000, 7)):
+        opt = Adam([np.zeros(3), np.zeros(size)], max_norm=1.0, skip_nonfinite=True, num_threads=threads)
+        for _ in range(5):  # not all of them are shared among threads where the machine is busy
+            grads = [np.ones(3), np.ones(size)]
+            grads[1][3] = NAN if skipped else 1
+            assert opt.step(grads, zero_grad=True).skipped is skipped
+            assert not any(grad.any() for grad in grads)
 
 
 def test_averages_begin_with_the_first_step_that_is_made() -> None:

@@ -358,11 +358,12 @@ def test_slips_in_groups_are_refused(slip: str, option: str) -> None:
 
 
 def test_keys_of_others_are_no_slips() -> None:
-    others = """
+    names = """
         initial_lr max_lr min_lr base_lr swa_lr lr_scale lr_mult eta_min lr_decay momentum max_momentum
         base_momentum name tag layer warmup param_names weight_decay_scale weight_decay_mult wd_mult
         foreach fused capturable differentiable step
-    """.split()
+    """
+    others = re.findall(r"\w+", names)
     opt = Adam([{"params": np.ones(2), **dict.fromkeys(others, 1)}])
     assert set(others) < set(opt.param_groups[0])
     opt.step([np.ones(2)])

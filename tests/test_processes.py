@@ -406,6 +406,20 @@ else:
 
 if how == "daemon":
     busy_thread(daemon=True)
+elif how == "daemon, in code of the caller":
+    class Rate:
+        def __float__(self):
+            started.set()
+            while True:
+                time.sleep(0.001)
+
+    def step_for_ever():
+        opt = make_opt()
+        opt.param_groups[0]["lr"] = Rate()
+        opt.step(np.ones(size, np.float32))
+
+    threading.Thread(target=step_for_ever, daemon=True).start()
+    assert started.wait(20)
 elif how == "daemon, sys.exit in the middle":
     busy_thread(daemon=True)
     time.sleep(0.003)
@@ -441,6 +455,7 @@ else:
     [
         ("daemon", 1000),
         ("daemon", LARGE),
+        ("daemon, in code of the caller", 1000),
         ("daemon, sys.exit in the middle", LARGE),
         ("daemon, os._exit", LARGE),
         ("asleep", LARGE),

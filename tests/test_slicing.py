@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import subprocess
@@ -296,12 +297,28 @@ def test_the_callers_float_mode_does_not_matter(mode, dtype, isa):
     with np.errstate(all="ignore"):
         for array in arrays:  # a third of all elements is subnormal or nearly
             array[::3] *= np.finfo(dtype).smallest_normal
-    for threads in (1, 3):
+    names = ("l2-amsgrad-beta1=0.9", "max_norm-skip_nonfinite-ema=0.9-l2-amsgrad")
+    for name, threads in itertools.product(names, (1, 3)):
         expected, result = arrays.copy(), arrays.copy()
-        expected.step(OPTIONS["l2-amsgrad-beta1=0.9"], 3, isa, threads)
+        report = expected.step(OPTIONS[name], 3, isa, threads, grad_scale=3.0)
         with float_mode(MODES[mode]):
-            result.step(OPTIONS["l2-amsgrad-beta1=0.9"], 3, isa, threads)
-        assert_same_arrays(result, expected, f"{mode}, {threads} threads:")
+            found = result.step(OPTIONS[name], 3, isa, threads, grad_scale=3.0)
+        assert_same_arrays(result, expected, f"{mode}, {name}, {threads} threads:")
+        assert found == report
+
+
+@needs_modes
+@each_mode
+def test_norms_do_not_depend_on_the_float_mode(mode):
+    """Of few elements, so that one rounding is all that could differ; also where squares are subnormal."""
+    for seed, size in itertools.product(range(40), (1e-320, 1e-158, 1e-3, 1e200)):
+        grad = np.random.default_rng(seed).standard_normal(5) * size
+        one, two = (Adam(np.zeros(5), max_norm=0.3) for _ in range(2))
+        expected = one.step(grad)
+        with float_mode(MODES[mode]):
+            found = two.step(grad)
+        assert found == expected
+        assert_same_bits(two.state[0]["exp_avg"], one.state[0]["exp_avg"])
 
 
 @needs_modes

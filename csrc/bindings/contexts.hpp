@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
+#include <stdexcept>
 #include <utility>
 
 #include "optimizer.hpp"
@@ -17,6 +18,9 @@ class ExclusiveUse {
   explicit ExclusiveUse(py::object optimizer)
       : optimizer_(std::move(optimizer)),
         exclusive_(std::in_place, optimizer_.cast<Optimizer&>().use()) {}
+  void enter() const {
+    if (!exclusive_) throw std::runtime_error("exclusive use has ended.");
+  }
   void exit() { exclusive_.reset(); }
 
  private:
@@ -30,14 +34,14 @@ class EmaWeights {
   EmaWeights(py::object optimizer, py::object param_groups)
       : optimizer_(std::move(optimizer)), param_groups_(std::move(param_groups)) {}
   ~EmaWeights() {
-    if (!is_entered_) return;
+    if (state_ != kEntered) return;
     const py::error_scope interruption;
     try {
       exit();
     } catch (py::error_already_set& error) {
       error.discard_as_unraisable("EmaWeights");
-    } catch (const py::builtin_exception& error) {
-      error.set_error();
+    } catch (...) {
+      py::detail::try_translate_exceptions();
       PyErr_WriteUnraisable(optimizer_.ptr());
     }
   }
@@ -46,16 +50,21 @@ class EmaWeights {
 
   void enter() {
     optimizer_.cast<Optimizer&>().use_averages(param_groups_);
-    is_entered_ = true;
+    state_ = kEntered;
   }
+  // Where it fails, it can be tried again; the destructor does not.
   void exit() {
-    is_entered_ = false;
+    if (state_ == kOutside) {
+      throw std::runtime_error("the averages are not in the place of the parameters.");
+    }
+    state_ = kFailed;
     optimizer_.cast<Optimizer&>().use_params();
+    state_ = kOutside;
   }
 
  private:
   py::object optimizer_, param_groups_;
-  bool is_entered_ = false;
+  enum { kOutside, kEntered, kFailed } state_ = kOutside;
 };
 
 }  // namespace fused_adam

@@ -4,40 +4,38 @@
 
 #include <pybind11/pybind11.h>
 
-#include <new>
-#include <stdexcept>
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#endif
 
 namespace fused_adam {
 
 namespace py = pybind11;
 
-// A new reference to what function() returns; null and a Python exception where it throws, of the
-// class that pybind11 makes of it.
+// A new reference to what function() returns; null and a Python exception where it throws, as from
+// a function of pybind11. Not noexcept: Python before 3.14 ends a daemon thread that asks for the
+// GIL at the end of the program by unwinding its stack (pthread_exit), which has to pass.
 template <class Function>
-PyObject* translated(Function function) noexcept {
+PyObject* translated(Function function) {
   try {
     return py::object(function()).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::out_of_range& error) {
-    PyErr_SetString(PyExc_IndexError, error.what());
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+#if defined(__GLIBCXX__)
+  } catch (abi::__forced_unwind&) {
+    throw;
+#endif
+  } catch (...) {
+    py::detail::try_translate_exceptions();
   }
   return nullptr;
 }
 
-// Adds method(self, args...) to a class. It has to be static; count: of its arguments.
+// Adds the method name(self, args...) to a class. count: of the arguments after self.
 template <class Self, int count, py::object (*function)(Self&, PyObject* const*)>
 void add_fast_method(py::class_<Self>& type, const char* name) {
   static const auto call = [](PyObject* self, PyObject* const* args,
-                              Py_ssize_t given) noexcept -> PyObject* {
+                              Py_ssize_t given) -> PyObject* {
     if (given != count) {
       return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", count, given);
     }

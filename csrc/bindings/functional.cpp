@@ -51,13 +51,19 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   }
 
   StepPlan plan;
-  plan.begin(zero_grad, scale);
+  StepWishes wishes;
+  wishes.zero_grad = zero_grad;
+  wishes.grad_scale = scale;
+  wishes.add(hyper);
+  plan.begin(wishes);
   plan.set_rule(hyper, step);
   plan.add_array(streams, param.size, param.dtype);
   plan.end();
   const StageTable& stages = *isa_by_name(isa).stages;
   const WithoutGil no_gil;
-  return plan.run(stages, threads);
+  const StepReport report = plan.measure(stages, threads);
+  plan.run(stages, threads, report);
+  return report;
 }
 
 }  // namespace fused_adam

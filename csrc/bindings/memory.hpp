@@ -32,9 +32,9 @@ std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param);
 // refuses.
 std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted);
 
-// Fills arrays of one dtype with elements that follow each other, all that there are. False, with
-// nothing done, where one is not in C order: a loop for arrays that are too small for one of
-// Python.
+// Fills arrays with elements that follow each other, all that there are: a loop for arrays that are
+// too small for one of Python. False, with nothing done, where one of them is not in C order, not
+// of the dtype of the elements or read-only, or there are more or fewer elements.
 bool scatter(const py::array& elements, const std::vector<py::array>& arrays);
 
 }  // namespace fused_adam

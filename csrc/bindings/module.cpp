@@ -53,10 +53,9 @@ py::object report_for_python(const StepReport& report) {
   return py::make_tuple(report.skipped, report.grad_norm);
 }
 
-// Optimizer.step(grads, param_groups, zero_grad, grad_scale, and what takes the place of options).
+// Optimizer.step(grads, param_groups, zero_grad, grad_scale, *overrides)
 py::object step(Optimizer& optimizer, PyObject* const* args) {
-  OptionOverrides overrides;
-  for (size_t i = 0; i < kOverrides; ++i) overrides[i] = args[4 + i];
+  const OptionOverrides overrides = {args[4], args[5], args[6]};
   return report_for_python(
       optimizer.step(args[0], args[1], args[2] == Py_True, read_grad_scale(args[3]), overrides));
 }
@@ -123,6 +122,7 @@ void bind(py::module_& m) {
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)
       .def_property_readonly("structures", &Optimizer::structures)
+      .def_property("skipped_steps", &Optimizer::skipped_steps, &Optimizer::set_skipped_steps)
       .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
            py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
@@ -140,7 +140,7 @@ void bind(py::module_& m) {
 
   py::class_<ExclusiveUse>(m, "ExclusiveUse")
       .def(py::init<py::object>(), py::arg("optimizer"))
-      .def("__enter__", [](const ExclusiveUse&) {})
+      .def("__enter__", &ExclusiveUse::enter)
       .def("__exit__", [](ExclusiveUse& self, const py::args&) { self.exit(); });
 
   py::class_<EmaWeights>(m, "EmaWeights")

@@ -273,11 +273,11 @@ void Optimizer::flatten_grads(py::handle tree, const char* root,
 
 // One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.
 // Returns whether streams are missing, of options that were switched on since the last step.
-bool Optimizer::check_and_plan(bool zero_grad, double grad_scale) {
-  plan_.begin(zero_grad, grad_scale);
+bool Optimizer::check_and_plan(const StepWishes& wishes) {
+  plan_.begin(wishes);
   memory_.look_again();
   // A grad that is written must not be the new memory of a param that is left out of this step.
-  if (zero_grad) notice_moved_params();
+  if (wishes.zero_grad) notice_moved_params();
   unsigned missing = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
@@ -299,7 +299,7 @@ bool Optimizer::check_and_plan(bool zero_grad, double grad_scale) {
     }
   }
   plan_.end();
-  if (zero_grad) {
+  if (wishes.zero_grad) {
     check_grads_are_writeable("zero_grad=True sets it to zeros.",
                               "zero_grad=True sets both to zeros, one before the other is used.");
   }
@@ -320,20 +320,31 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads, "grads", grads_);
   read_groups(param_groups);
-  for (HyperParameters& hyper : hypers_) reader_.override_by(overrides, hyper);
-  if (check_and_plan(zero_grad, grad_scale)) {
+  reader_.override_by(overrides, hypers_);
+  StepWishes wishes;
+  wishes.zero_grad = zero_grad;
+  wishes.grad_scale = grad_scale;
+  for (const HyperParameters& hyper : hypers_) wishes.add(hyper);
+  const bool lacks_streams = check_and_plan(wishes);
+  StepReport report;
+  if (plan_.measures()) {
+    const WithoutGil no_gil;
+    report = plan_.measure(*isa_.stages, threads_);
+  }
+  // A step that is skipped makes none, either.
+  if (lacks_streams && !report.skipped) {
     std::vector<unsigned> wanted = wanted_by_options();
     for (size_t i = 0; i < slots_.size(); ++i) {
       if (grads_[i].is_none()) wanted[i] = 0;
     }
     add_missing(wanted);
-    check_and_plan(zero_grad, grad_scale);
+    check_and_plan(wishes);
   }
   // From here on nothing can fail.
-  StepReport report;
+  skipped_steps_ += report.skipped;
   {
     const WithoutGil no_gil;
-    report = plan_.run(*isa_.stages, threads_);
+    plan_.run(*isa_.stages, threads_, report);
   }
   if (report.skipped) return report;
   for (size_t g = 0; g < groups_.size(); ++g) {

@@ -46,6 +46,9 @@ class Optimizer {
   // overrides: for this step, in the place of the options of all groups.
   StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, double grad_scale,
                   const OptionOverrides& overrides);
+  // How many were skipped.
+  int64_t skipped_steps() const { return skipped_steps_; }
+  void set_skipped_steps(int64_t count) { skipped_steps_ = count; }
 
   // Adds gradients to others, which are like them, after the checks of a step.
   void accumulate(py::handle sums, py::handle grads);
@@ -119,7 +122,7 @@ class Optimizer {
   void notice_moved_params();
   // That they can be written, and no two share memory, for a step that has these reasons.
   void check_grads_are_writeable(const char* why_written, const char* why_alone);
-  bool check_and_plan(bool zero_grad, double grad_scale);
+  bool check_and_plan(const StepWishes& wishes);
   // Of each slot, by the options read last: the streams that it needs, a bit for each.
   std::vector<unsigned> wanted_by_options() const;
   void add_missing(const std::vector<unsigned>& wanted);
@@ -135,6 +138,7 @@ class Optimizer {
   std::vector<Slot> slots_;
   std::vector<Group> groups_;
   std::atomic<bool> grouped_{false};
+  std::atomic<int64_t> skipped_steps_{0};
   WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
   WrittenMemory written_grads_;  // gradients that this call writes
@@ -155,7 +159,7 @@ class Optimizer::StepScope {
     optimizer_.dicts_.clear();
     optimizer_.hypers_.clear();
     optimizer_.written_grads_.clear();
-    optimizer_.plan_.begin(false);
+    optimizer_.plan_.begin({});
   }
   StepScope(const StepScope&) = delete;
   StepScope& operator=(const StepScope&) = delete;

@@ -148,7 +148,8 @@ void Optimizer::set_state(const std::vector<int64_t>& steps, const py::dict& str
     }
   }
   add_missing(given);
-  // From here on nothing can fail, and no code of Python runs until all is written.
+  // From here on nothing can fail, and no code of Python runs: options that are texts are compared
+  // by no method of theirs.
   {
     const WithoutGil no_gil;
     for (const Source& source : sources) {
@@ -158,6 +159,7 @@ void Optimizer::set_state(const std::vector<int64_t>& steps, const py::dict& str
       const int64_t bytes = bytes_of(source.stream, slot.layout().dtype, slot.layout().size);
       if (from != to) memcpy(to, from, static_cast<size_t>(bytes));
     }
+    const std::lock_guard<std::mutex> lock(slots_mutex_);
     for (size_t i = 0; i < count; ++i) slots_[i].begin_state(steps[i], given[i]);
   }
   for (const auto& [group, options] : new_options) {

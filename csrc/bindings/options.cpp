@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <limits>
-#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -134,8 +133,7 @@ py::object default_of(const OptionInfo& option) {
 }
 
 // Which of the two came first would decide what comes out.
-void refuse_two_clips(const HyperParameters& hyper, const std::string& where) {
-  if (!hyper.clips_norm() || !hyper.clips_value()) return;
+[[noreturn]] void refuse_two_clips(const std::string& where) {
   throw py::value_error((where.empty() ? "" : where + ": ") +
                         "max_norm and clip_value exclude each other: one of them must be None.");
 }
@@ -195,19 +193,32 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
     if (!found) throw py::value_error(place(where, keys_[i]) + " is missing.");
     set(hyper, i, found, where);
   }
-  refuse_two_clips(hyper, where);
+  if (hyper.clips_norm() && hyper.clips_value()) refuse_two_clips(where);
   return hyper;
 }
 
-void OptionReader::override_by(const OptionOverrides& overrides, HyperParameters& hyper) const {
-  const std::vector<OptionInfo>& table = option_table();
-  for (size_t i = 0; i < kOverrides; ++i) {
-    if (overrides[i].is_none()) continue;
-    for (size_t k = 0; k < table.size(); ++k) {
-      if (table[k].name == std::string_view(kOverridable[i])) set(hyper, k, overrides[i], "");
-    }
+void OptionReader::override_by(const OptionOverrides& overrides,
+                               std::vector<HyperParameters>& hypers) const {
+  const auto limit = [](py::handle value, const char* name) {
+    const auto here = [&] { return std::string(name); };
+    const double x = number(value, here);
+    if (!(x >= 0.0)) refuse(here(), ">= 0", value);
+    return x;
+  };
+  const auto [max_norm, clip_value, skip_nonfinite] = overrides;
+  if (max_norm.is_none() && clip_value.is_none() && skip_nonfinite.is_none()) return;
+  if (!max_norm.is_none() && !clip_value.is_none()) refuse_two_clips("");
+  constexpr double kNone = HyperParameters::kNone;
+  const double norm = max_norm.is_none() ? kNone : limit(max_norm, "max_norm");
+  const double value = clip_value.is_none() ? kNone : limit(clip_value, "clip_value");
+  const bool skips =
+      !skip_nonfinite.is_none() && flag(skip_nonfinite, "", py::str("skip_nonfinite"));
+  for (HyperParameters& hyper : hypers) {
+    if (!skip_nonfinite.is_none()) hyper.skip_nonfinite = skips;
+    if (max_norm.is_none() && clip_value.is_none()) continue;
+    hyper.max_norm = norm;
+    hyper.clip_value = value;
   }
-  refuse_two_clips(hyper, "");
 }
 
 void OptionReader::set(HyperParameters& hyper, size_t i, py::handle value,
@@ -239,7 +250,9 @@ double read_grad_scale(py::handle value) {
   const double scale = number(value, here);
   constexpr double kLeast = std::numeric_limits<float>::min();
   constexpr double kMost = std::numeric_limits<float>::max();
-  if (!(scale >= kLeast && scale <= kMost)) refuse(here(), "from 1.2e-38 to 3.4e38", value);
+  if (!(scale >= kLeast && scale <= kMost)) {
+    refuse(here(), "> 0 and a number that float32 holds (1.2e-38 to 3.4e38)", value);
+  }
   return scale;
 }
 

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -38,9 +37,8 @@ const std::vector<OptionInfo>& option_table();
 // The table for Python: a list of {"name": str, "kind": str, "format": int, "default": object}.
 py::list options_for_python();
 
-// Options that a step may have in the place of those of its groups: None where it has none.
-constexpr const char* kOverridable[] = {"max_norm", "clip_value", "skip_nonfinite"};
-constexpr size_t kOverrides = std::size(kOverridable);
+// max_norm, clip_value and skip_nonfinite of one step; None where the groups decide.
+constexpr int kOverrides = 3;
 using OptionOverrides = std::array<py::handle, kOverrides>;
 
 // By what gradients are to be divided: a number > 0 that is one in float32, too. None: 1.
@@ -53,8 +51,9 @@ class OptionReader {
  public:
   OptionReader();
   HyperParameters read(const py::dict& group, const std::string& where) const;
-  // Those that the arguments of a step give in the place of a group's.
-  void override_by(const OptionOverrides& overrides, HyperParameters& hyper) const;
+  // Those that the arguments of a step give in the place of those of all groups. A clip replaces
+  // the group's, of either kind; infinity is none.
+  void override_by(const OptionOverrides& overrides, std::vector<HyperParameters>& hypers) const;
 
  private:
   void set(HyperParameters& hyper, size_t option, py::handle value, const std::string& where) const;

@@ -28,6 +28,9 @@ using AddGrad = void (*)(const void* grad, void* sum, int64_t count);
 using AddSquares = void (*)(const void* grad, int64_t position, int64_t count, double* lanes);
 constexpr int64_t kNormBlock = 4096;  // elements
 constexpr int kNormLanes = 8;         // of the widest vector of doubles
+// Blocks that are read in turn, a row of each: a CPU that reads at four places reads faster than at
+// one (25 GB/s and 18, Zen 3).
+constexpr int kBlocksAtOnce = 4;
 
 // The stages of one ISA. variants.hpp lists them; step.cpp puts steps together from them.
 struct StageTable {

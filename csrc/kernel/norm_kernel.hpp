@@ -10,10 +10,6 @@
 namespace fused_adam {
 namespace {
 
-// Rows of so many blocks in turn, since a CPU that reads at four places reads faster than at one
-// (25 GB/s and 18, Zen 3).
-constexpr int kBlocksAtOnce = 4;
-
 template <class F64, int blocks, class T>
 void add_rows(const T* grad, int64_t rows, double* lanes) {
   constexpr int vectors = kNormLanes / F64::width;

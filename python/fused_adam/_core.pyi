@@ -57,6 +57,7 @@ class Optimizer:
     def grouped(self) -> bool: ...
     @property
     def structures(self) -> list[Structure]: ...
+    skipped_steps: int
     def add_group(
         self,
         param_groups: list[dict[str, Any]],

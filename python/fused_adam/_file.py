@@ -189,10 +189,11 @@ def _present(saved: Header, count: int) -> dict[str, list[int]]:
         is_same = type(per_entry) is int and per_entry == _PER_ENTRY[name]
         require(is_same, f"its {name} is stored in another way, or {NO_CHECKPOINT}")
         if "params" in row:
-            present[name] = row["params"]
-            require(isinstance(present[name], list), NO_CHECKPOINT)
-            require(all(type(i) is int and 0 <= i < count for i in present[name]), NO_CHECKPOINT)
-            require(len(set(present[name])) == len(present[name]), NO_CHECKPOINT)
+            indices = row["params"]
+            require(isinstance(indices, list) and len(indices) < count, NO_CHECKPOINT)
+            require(all(type(i) is int and 0 <= i < count for i in indices), NO_CHECKPOINT)
+            require(all(i < j for i, j in pairwise(indices)), NO_CHECKPOINT)
+            present[name] = indices
         else:
             present[name] = list(range(count))
     return present

@@ -6,13 +6,19 @@ from typing import Final, NamedTuple
 
 
 class StepInfo(NamedTuple):
-    """What :meth:`Adam.step` reports."""
+    """What :meth:`Adam.step` reports.
+
+    Attributes
+    ----------
+    skipped : bool
+        With `skip_nonfinite`: was there an infinity or a NaN, and so nothing changed?
+    grad_norm : float or None
+        With `max_norm` or `skip_nonfinite`: the 2-norm of all gradients, unscaled and before they are
+        clipped; 0.0 without any. None for a step that did not need it.
+    """
 
     skipped: bool = False
-    """With `skip_nonfinite`: was there an infinity or a NaN, and so nothing changed?"""
     grad_norm: float | None = None
-    """With `max_norm` or `skip_nonfinite`: the 2-norm of all gradients, unscaled and before they are clipped.
-    None for a step that did not need it."""
 
 
 PLAIN_STEP: Final = StepInfo()

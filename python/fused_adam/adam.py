@@ -74,9 +74,9 @@ class Adam:
     max_norm : float, optional
         >= 0. Clip the gradients by their global norm, as :func:`torch.nn.utils.clip_grad_norm_` does:
         multiply them by ``max_norm / (norm + 1e-6)`` where that is below 1. The norm is the 2-norm over
-        all gradients of all groups, also of those that are not clipped; it is summed in float64, in an
-        order that does not depend on threads, instruction set or how arrays are split. The gradients
-        themselves are not written.
+        all gradients of all groups, also of those that are not clipped; it is summed in float64 (PyTorch:
+        in the dtype of the gradients), in an order that does not depend on threads, instruction set or
+        how arrays are split. The gradients themselves are not written.
     clip_value : float, optional
         >= 0. Clip each element of the gradients to ``[-clip_value, clip_value]``, as
         :func:`torch.nn.utils.clip_grad_value_` does. Not together with `max_norm`: which of the two came
@@ -84,7 +84,7 @@ class Adam:
     skip_nonfinite : bool, default False
         Where any gradient of any group has an infinity or a NaN, leave the step out: no parameter, no
         state and no step count changes. It is counted in :attr:`skipped_steps`, and no error. True in one
-        group counts for all.
+        group counts for all, also where that group has no gradients.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -131,7 +131,6 @@ class Adam:
     # Options that a subclass does not let a checkpoint change.
     _fixed_options: ClassVar[Mapping[str, Any]] = {}
     _grads: _Grads | None
-    _skipped_steps: int = 0
 
     def __init__(
         self,
@@ -189,7 +188,8 @@ class Adam:
             What the loss was multiplied by: the gradients are divided by it first, as PyTorch's fused
             step does. They are not written.
         max_norm, clip_value, skip_nonfinite
-            For this step, in the place of what the groups say: see :class:`Adam`.
+            For this step, in the place of what the groups say: see :class:`Adam`. Either clip takes the
+            place of the other kind, too; ``math.inf`` only measures.
 
         Returns
         -------
@@ -222,16 +222,15 @@ class Adam:
         report = self._core.step(
             grads, self.param_groups, zero_grad, grad_scale, max_norm, clip_value, skip_nonfinite
         )
-        if report is None:
-            return PLAIN_STEP
-        info = StepInfo(*report)
-        self._skipped_steps += info.skipped
-        return info
+        return PLAIN_STEP if report is None else StepInfo(*report)
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out, since this optimizer was made, as gradients were not finite."""
-        return self._skipped_steps
+        """How many steps were left out, as gradients were not finite.
+
+        Since this optimizer was made; pickles and copies have it, checkpoints do not.
+        """
+        return self._core.skipped_steps
 
     @property
     def grads(self) -> Any:
@@ -560,6 +559,7 @@ class Adam:
                     for structure, group in zip(self._core.structures, self.param_groups, strict=True)
                 ],
                 "state": _checkpoint.copy_state(self._core),
+                "skipped_steps": self._core.skipped_steps,
             }
             state = {**self.__dict__, "_core": saved, "_grouped": self._core.grouped, "_grads": grads}
         del state["_state"]
@@ -576,6 +576,7 @@ class Adam:
             self._add_group({**group, "params": tree}, grouped, frozen=True)
         with _core.ExclusiveUse(self._core):
             _checkpoint.restore_state(self._core, saved["state"], [])
+            self._core.skipped_steps = saved.get("skipped_steps", 0)  # which an older version did not have
         self.grads = grads
 
     # --- private ---

@@ -35,7 +35,7 @@ def adam_step(
     zero_grad: bool = False,
     num_threads: int | None = None,
 ) -> StepInfo:
-    """One Adam step on arrays that the caller owns. Updates all but `grad` in place.
+    """One Adam step on arrays that the caller owns. Updates all but `grad` in place (that with `zero_grad`).
 
     The kernel, the formula and the bits are those of :class:`fused_adam.Adam`.
 
@@ -57,14 +57,14 @@ def adam_step(
     grad_scale : float, optional
         Divide the gradient by it first, as in :meth:`fused_adam.Adam.step`.
     zero_grad : bool, default False
-        Set `grad` to zeros once it is used.
+        Set `grad` to zeros once it is used, or the step is skipped.
     num_threads : int, optional
         As in :class:`fused_adam.Adam`.
 
     Returns
     -------
     StepInfo
-        `skipped` with `skip_nonfinite`; `grad_norm` with that or with `max_norm`.
+        Where it says `skipped`, the next call has the same `step` again.
 
     Raises
     ------
