@@ -206,21 +206,18 @@ double StepPlan::sum_of_squares(const StageTable& table, const Threads& threads,
       return (line + kLinesPerBlock - 1) / kLinesPerBlock;
     };
     const int64_t last = first_from(end);
-    for (int64_t block = first_from(begin); block < last; block += kBlocksAtOnce) {
-      const int64_t count = std::min<int64_t>(kBlocksAtOnce, last - block);
-      double lanes[kBlocksAtOnce * kNormLanes] = {};
-      sum_blocks(table, grad, block * kNormBlock, std::min((block + count) * kNormBlock, elements),
-                 lanes);
-      for (int64_t i = 0; i < count; ++i) {
-        sums_[static_cast<size_t>(block + i)] = sum_of_pairs(lanes + i * kNormLanes, kNormLanes);
-      }
+    for (int64_t block = first_from(begin); block < last; ++block) {
+      double lanes[kNormLanes] = {};
+      add_block(table, grad, block * kNormBlock, std::min((block + 1) * kNormBlock, elements),
+                lanes);
+      sums_[static_cast<size_t>(block)] = sum_of_pairs(lanes, kNormLanes);
     }
   });
   return sum_of_pairs(sums_.data(), sums_.size());
 }
 
-void StepPlan::sum_blocks(const StageTable& table, const GradCoefficientSet& grad, int64_t begin,
-                          int64_t end, double* lanes) const noexcept {
+void StepPlan::add_block(const StageTable& table, const GradCoefficientSet& grad, int64_t begin,
+                         int64_t end, double* lanes) const noexcept {
   auto array = std::upper_bound(
       arrays_.begin(), arrays_.end(), begin,
       [](int64_t element, const ArrayUpdate& a) { return element < a.element_end; });

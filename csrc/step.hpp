@@ -87,9 +87,9 @@ class StepPlan {
 
   double norm(const StageTable& table, const Threads& threads, bool& finite) noexcept;
   double sum_of_squares(const StageTable& table, const Threads& threads, double factor) noexcept;
-  // Of the elements from begin, where a block begins, to end.
-  void sum_blocks(const StageTable& table, const GradCoefficientSet& grad, int64_t begin,
-                  int64_t end, double* lanes) const noexcept;
+  // Of the elements of a block, from begin to end, over all arrays.
+  void add_block(const StageTable& table, const GradCoefficientSet& grad, int64_t begin,
+                 int64_t end, double* lanes) const noexcept;
   void prepare_grads(double grad_norm) noexcept;
 
   std::vector<ArrayUpdate> arrays_;

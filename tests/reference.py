@@ -112,7 +112,7 @@ def clipped(grad, max_norm, clip_value, grad_norm):
     return grad
 
 
-NORM_BLOCK, NORM_LANES = 4096, 8
+NORM_BLOCK, NORM_LANES = 4096, 16
 
 
 def global_norm(grads):

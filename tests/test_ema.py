@@ -590,7 +590,7 @@ def test_who_did_not_enter_cannot_end() -> None:
     trained = Trained()
     block = trained.opt.ema_weights()
     block.__enter__()
-    with pytest.raises(RuntimeError, match="^the averages are not in the place of the parameters"):
+    with pytest.raises(RuntimeError, match=r"^the averages are not in the place of the parameters"):
         trained.opt.ema_weights().__exit__(None, None, None)
     assert_same_bits(trained.params, trained.averages)
     del block

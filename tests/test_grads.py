@@ -26,9 +26,9 @@ from cases import (
 from fused_adam import Adam, AdamW, StepInfo, adam_step
 from snapshots import Snapshot, assert_same_bits, assert_same_state, random_like, refused, train
 
-BLOCK, LANES, TILE = 4096, 8, 512
+BLOCK, LANES, TILE = 4096, 16, 512
 NAN, INF = math.nan, math.inf
-SIZES = (0, 1, 7, 8, 9, TILE + 3, BLOCK - 1, BLOCK, BLOCK + 9, 4 * BLOCK, 5 * BLOCK + 77, 9 * BLOCK + 1)
+SIZES = (0, 1, 15, LANES, 17, TILE + 3, BLOCK - 1, BLOCK, BLOCK + 9, 4 * BLOCK, 5 * BLOCK + 77, 9 * BLOCK + 1)
 
 
 def measured(grads: list[np.ndarray], **options: Any) -> float:

@@ -10,49 +10,35 @@
 namespace fused_adam {
 namespace {
 
-template <class F64, int blocks, class T>
+// To read at four places in turn, blocks apart, was slower (0.17 ns an element and 0.13, Zen 4, one
+// thread, beyond the cache), and to prefetch no faster.
+template <class F64, class T>
 void add_rows(const T* grad, int64_t rows, double* lanes) {
   constexpr int vectors = kNormLanes / F64::width;
-  F64 sums[blocks][vectors];
-  for (int b = 0; b < blocks; ++b) {
-    for (int v = 0; v < vectors; ++v) {
-      sums[b][v] = F64::load(lanes + b * kNormLanes + v * F64::width);
-    }
-  }
+  F64 sums[vectors];
+  for (int v = 0; v < vectors; ++v) sums[v] = F64::load(lanes + v * F64::width);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int b = 0; b < blocks; ++b) {
-      for (int v = 0; v < vectors; ++v) {
-        const F64 x = F64::load(grad + b * kNormBlock + row * kNormLanes + v * F64::width);
-        sums[b][v] = fma(x, x, sums[b][v]);
-      }
-    }
-  }
-  for (int b = 0; b < blocks; ++b) {
     for (int v = 0; v < vectors; ++v) {
-      store(lanes + b * kNormLanes + v * F64::width, sums[b][v]);
+      const F64 x = F64::load(grad + row * kNormLanes + v * F64::width);
+      sums[v] = fma(x, x, sums[v]);
     }
   }
+  for (int v = 0; v < vectors; ++v) store(lanes + v * F64::width, sums[v]);
 }
 
 template <class F64, class T>
 void add_squares(const void* elements, int64_t position, int64_t count, double* lanes) {
   const T* grad = static_cast<const T*>(elements);
   while (count > 0) {
-    double* const block = lanes + position / kNormBlock * kNormLanes;
-    const int64_t within = position % kNormBlock;
     int64_t done = 1;
-    if (within % kNormLanes != 0 || count < kNormLanes) {
-      double* const lane = block + within % kNormLanes;
+    if (position % kNormLanes != 0 || count < kNormLanes) {
+      double* const lane = lanes + position % kNormLanes;
       const double x = *grad;
       const F64 first = F64::load_n(&x, 1);
       store_n(lane, fma(first, first, F64::load_n(lane, 1)), 1);
-    } else if (within == 0 && count >= kBlocksAtOnce * kNormBlock) {
-      add_rows<F64, kBlocksAtOnce>(grad, kNormBlock / kNormLanes, block);
-      done = kBlocksAtOnce * kNormBlock;
     } else {
-      const int64_t left = kNormBlock - within;
-      const int64_t rows = (count < left ? count : left) / kNormLanes;
-      add_rows<F64, 1>(grad, rows, block);
+      const int64_t rows = count / kNormLanes;
+      add_rows<F64>(grad, rows, lanes);
       done = rows * kNormLanes;
     }
     grad += done;
