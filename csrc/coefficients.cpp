@@ -75,6 +75,7 @@ StepCoefficients<T> narrow(const Coefficients<double>& k, double ema_weight) {
   out.k.beta2 = static_cast<T>(k.beta2);
   out.k.neg_sqrt_correction2 = static_cast<T>(k.neg_sqrt_correction2);
   out.k.reciprocal_sqrt_correction2 = T(1) / -out.k.neg_sqrt_correction2;
+  out.k.eps_root = static_cast<T>(k.eps_root);
   out.k.eps = static_cast<T>(k.eps);
   out.k.neg_step_size = static_cast<T>(k.neg_step_size);
   out.ema_weight = static_cast<T>(ema_weight);
@@ -108,7 +109,9 @@ double clip_coefficient(double max_norm, double norm) {
 CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   const DefaultFloatMode mode;
   const bool decoupled = hyper.decoupled_weight_decay;
-  const Powers power = powers(hyper.beta1, hyper.beta2, step);
+  const Powers power =
+      hyper.bias_correction ? powers(hyper.beta1, hyper.beta2, step) : Powers{0.0, 0.0};
+  const double correction1 = 1.0 - power.beta1, correction2 = 1.0 - power.beta2;
   Coefficients<double> k;
   k.grad_sign = hyper.maximize ? -0.0 : 0.0;
   k.l2_decay = decoupled ? 0.0 : hyper.weight_decay;
@@ -117,9 +120,20 @@ CoefficientSet coefficients(const HyperParameters& hyper, int64_t step) {
   k.lerp_weight = 1.0 - hyper.beta1;
   k.one_minus_beta2 = 1.0 - hyper.beta2;
   k.beta2 = hyper.beta2;
-  k.neg_sqrt_correction2 = -std::sqrt(1.0 - power.beta2);
-  k.eps = hyper.eps;
-  k.neg_step_size = -hyper.lr / (1.0 - power.beta1);
+  k.neg_sqrt_correction2 = -std::sqrt(correction2);
+  k.eps_root = k.eps = 0.0;
+  switch (hyper.eps_mode) {
+    case HyperParameters::kOutside:
+      k.eps = hyper.eps;
+      break;
+    case HyperParameters::kHat:
+      k.eps = hyper.eps / std::sqrt(correction2);
+      break;
+    case HyperParameters::kRoot:
+      k.eps_root = hyper.eps * correction2;
+      break;
+  }
+  k.neg_step_size = -hyper.lr / correction1;
   const double ema_weight = hyper.keeps_ema() ? 1.0 - hyper.ema_decay : 0.0;
   return {narrow<float>(k, ema_weight), narrow<double>(k, ema_weight)};
 }

@@ -13,6 +13,8 @@ namespace fused_adam {
 // PyTorch has them. bindings/options.cpp is the table of what may be asked for.
 struct HyperParameters {
   static constexpr double kNone = -1.0;
+  // Where eps stands: sqrt(v_hat) + eps; (sqrt(v) + eps) corrected; sqrt(v_hat + eps).
+  enum EpsMode { kOutside, kHat, kRoot };
 
   double lr = 1e-3;
   double beta1 = 0.9;
@@ -26,6 +28,8 @@ struct HyperParameters {
   double max_norm = kNone;
   double clip_value = kNone;
   bool skip_nonfinite = false;
+  EpsMode eps_mode = kOutside;
+  bool bias_correction = true;
 
   constexpr bool keeps_ema() const { return ema_decay >= 0.0; }
   constexpr bool clips_norm() const { return max_norm >= 0.0; }
@@ -44,7 +48,8 @@ struct Coefficients {
   T beta2;
   T neg_sqrt_correction2;         // -sqrt(1 - beta2**step)
   T reciprocal_sqrt_correction2;  // 1 / sqrt(1 - beta2**step), of the narrowed root
-  T eps;
+  T eps_root;       // of eps inside the root: times 1 - beta2**step; else 0 (an exact no-op)
+  T eps;            // outside the root, after the bias correction; else 0
   T neg_step_size;  // -lr / (1 - beta1**step)
 };
 

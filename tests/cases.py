@@ -44,6 +44,16 @@ def _options() -> dict[str, dict[str, Any]]:
         flags = {"amsgrad": amsgrad, "maximize": maximize, "betas": betas}
         table["-".join(words)] = {**DEFAULTS, **_DECAYS[decay], **flags}
     for name, options in {
+        "hat": {"eps_mode": "hat", "eps": 1e-3},
+        "root": {"eps_mode": "root", "eps": 1e-6},
+        "root-amsgrad-eps=0": {"eps_mode": "root", "eps": 0.0, "amsgrad": True},
+        "uncorrected": {"bias_correction": False},
+        "uncorrected-root-amsgrad-l2": {
+            "bias_correction": False,
+            "eps_mode": "root",
+            "amsgrad": True,
+            "weight_decay": 0.03,
+        },
         "max_norm": {"max_norm": 0.7},
         "max_norm=0": {"max_norm": 0.0},
         "max_norm-never-reached": {"max_norm": 1e30},

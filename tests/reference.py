@@ -28,6 +28,7 @@ class Coefficients(NamedTuple):
     one_minus_beta2: np.floating
     beta2: np.floating
     sqrt_correction2: np.floating
+    eps_root: np.floating
     eps: np.floating
     neg_step_size: np.floating
     ema_weight: np.floating | None
@@ -53,6 +54,8 @@ def adam(
     max_norm,
     clip_value,
     skip_nonfinite,
+    eps_mode,
+    bias_correction,
     grad_scale=None,
     grad_norm=None,
 ):
@@ -77,6 +80,8 @@ def adam(
         maximize=maximize,
         decoupled_weight_decay=decoupled_weight_decay,
         ema_decay=ema_decay,
+        eps_mode=eps_mode,
+        bias_correction=bias_correction,
     )
     with np.errstate(all="ignore"):
         grad = grad * k.grad_sign
@@ -89,7 +94,7 @@ def adam(
         if amsgrad:
             keep = (max_exp_avg_sq > exp_avg_sq) | np.isnan(max_exp_avg_sq)
             second_moment = max_exp_avg_sq = np.where(keep, max_exp_avg_sq, exp_avg_sq)
-        denominator = np.sqrt(second_moment) / k.sqrt_correction2 + k.eps
+        denominator = np.sqrt(second_moment + k.eps_root) / k.sqrt_correction2 + k.eps
         param = param + k.neg_step_size * exp_avg / denominator
         if ema_decay is not None:
             ema = lerp(ema, param, k.ema_weight)
@@ -150,10 +155,25 @@ def sum_of_pairs(values):
     return values[0]
 
 
-def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupled_weight_decay, ema_decay):
+def coefficients(
+    dtype,
+    *,
+    step,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    maximize,
+    decoupled_weight_decay,
+    ema_decay,
+    eps_mode,
+    bias_correction,
+):
     beta1, beta2 = betas
+    correction1, correction2 = (1 - power(beta, step) if bias_correction else 1.0 for beta in betas)
     narrow = np.dtype(dtype).type
     with np.errstate(over="ignore", under="ignore"):
+        outside = {"outside": eps, "hat": eps / math.sqrt(correction2), "root": 0.0}
         return Coefficients(
             grad_sign=narrow(-1 if maximize else 1),
             l2_decay=narrow(weight_decay),
@@ -161,9 +181,10 @@ def coefficients(dtype, *, step, lr, betas, eps, weight_decay, maximize, decoupl
             one_minus_beta1=narrow(1 - beta1),
             one_minus_beta2=narrow(1 - beta2),
             beta2=narrow(beta2),
-            sqrt_correction2=narrow(math.sqrt(1 - power(beta2, step))),
-            eps=narrow(eps),
-            neg_step_size=narrow(-lr / (1 - power(beta1, step))),
+            sqrt_correction2=narrow(math.sqrt(correction2)),
+            eps_root=narrow(eps * correction2 if eps_mode == "root" else 0),
+            eps=narrow(outside[eps_mode]),
+            neg_step_size=narrow(-lr / correction1),
             ema_weight=None if ema_decay is None else narrow(1 - ema_decay),
         )
 

@@ -48,6 +48,7 @@ def random_options(rng):
         "betas": lambda: (float(rng.choice([0.0, rng.uniform(), 0.9])), float(1 - 10 ** rng.uniform(-7, 0))),
         "flag": lambda: bool(rng.integers(2)),
         "fraction or None": lambda: rng.choice([None, 0.3, 0.999]),
+        "eps mode": lambda: str(rng.choice(["outside", "hat", "root"])),
         "number or None": lambda: rng.choice([None, None, 0.0, 10 ** rng.uniform(-6, 3)]),
     }
     return without_conflicts({option.name: kinds[option.kind]() for option in OPTION_TABLE})

@@ -30,6 +30,7 @@ kinds = {
     "flag": st.booleans(),
     "fraction or None": st.none() | betas,
     "number or None": st.none() | not_negative,
+    "eps mode": st.sampled_from(["outside", "hat", "root"]),
 }
 options = st.fixed_dictionaries({option.name: kinds[option.kind] for option in OPTION_TABLE}).map(
     without_conflicts

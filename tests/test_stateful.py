@@ -36,6 +36,8 @@ VALUES: dict[str, list[Any]] = {
     "ema_decay": [None, 0.0, 0.3, 0.999],
     "max_norm": [None, 0.0, 0.5, 100.0],
     "skip_nonfinite": [False, True],
+    "eps_mode": ["outside", "hat", "root"],
+    "bias_correction": [True, False],
     "initial_lr": [None, 1.5],  # of others; it is kept
 }
 options = st.sampled_from(list(VALUES)).flatmap(

@@ -1,6 +1,7 @@
 #include "options.hpp"
 
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -100,6 +101,19 @@ py::str interned(const char* name) {
   return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
 }
 
+constexpr const char* kEpsModes[] = {"outside", "hat", "root"};  // in the order of EpsMode
+
+HyperParameters::EpsMode eps_mode(py::handle value, const std::string& where, py::handle key) {
+  constexpr const char* kExpected = "'outside', 'hat' or 'root'";
+  if (!PyUnicode_Check(value.ptr())) refuse_type(place(where, key), kExpected, value);
+  for (size_t i = 0; i < std::size(kEpsModes); ++i) {
+    if (PyUnicode_CompareWithASCIIString(value.ptr(), kEpsModes[i]) == 0) {
+      return static_cast<HyperParameters::EpsMode>(i);
+    }
+  }
+  refuse(place(where, key), kExpected, value);
+}
+
 const char* name_of(OptionKind kind) {
   switch (kind) {
     case OptionKind::kNotNegative:
@@ -112,6 +126,8 @@ const char* name_of(OptionKind kind) {
       return "fraction or None";
     case OptionKind::kNotNegativeOrNone:
       return "number or None";
+    case OptionKind::kEpsMode:
+      return "eps mode";
   }
   return "";
 }
@@ -125,6 +141,8 @@ py::object default_of(const OptionInfo& option) {
       return py::make_tuple(defaults.beta1, defaults.beta2);
     case OptionKind::kFlag:
       return py::bool_(defaults.*option.flag);
+    case OptionKind::kEpsMode:
+      return interned(kEpsModes[defaults.eps_mode]);
     case OptionKind::kFractionOrNone:
     case OptionKind::kNotNegativeOrNone:
       break;
@@ -155,6 +173,8 @@ const std::vector<OptionInfo>& option_table() {
       {"max_norm", Kind::kNotNegativeOrNone, 2, &H::max_norm, nullptr},
       {"clip_value", Kind::kNotNegativeOrNone, 2, &H::clip_value, nullptr},
       {"skip_nonfinite", Kind::kFlag, 2, nullptr, &H::skip_nonfinite},
+      {"eps_mode", Kind::kEpsMode, 2, nullptr, nullptr},
+      {"bias_correction", Kind::kFlag, 2, nullptr, &H::bias_correction},
   };
   return table;
 }
@@ -240,6 +260,9 @@ void OptionReader::set(HyperParameters& hyper, size_t i, py::handle value,
       break;
     case OptionKind::kNotNegativeOrNone:
       hyper.*option.number = not_negative_or_none(value, where, key);
+      break;
+    case OptionKind::kEpsMode:
+      hyper.eps_mode = eps_mode(value, where, key);
       break;
   }
 }

@@ -21,6 +21,7 @@ enum class OptionKind {
   kFlag,            // True or False
   kFractionOrNone,  // a number >= 0 and < 1, or None
   kNotNegativeOrNone,
+  kEpsMode,  // a text: "outside", "hat" or "root"
 };
 
 // Its default is that of its member in HyperParameters.

@@ -18,6 +18,7 @@ inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
           F::broadcast(k.beta2),
           F::broadcast(k.neg_sqrt_correction2),
           F::broadcast(k.reciprocal_sqrt_correction2),
+          F::broadcast(k.eps_root),
           F::broadcast(k.eps),
           F::broadcast(k.neg_step_size)};
 }

@@ -6,6 +6,7 @@
 //   v  = beta2 * v + (1 - beta2) * g**2
 //   p -= lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
 //
+// (or with eps, times 1 - beta2**t, inside the root, which is 0 + v otherwise: an exact no-op)
 // in two halves, since a kernel is faster that runs them apart (adam_kernel.hpp).
 // tests/reference.py is the same in NumPy. Whoever changes a rounding here changes kNumerics.
 #pragma once
@@ -36,7 +37,7 @@ inline Fraction<F> update_moments(F param, F grad, F& exp_avg, F& exp_avg_sq, F&
     max_exp_avg_sq = max_or_nan(max_exp_avg_sq, exp_avg_sq);
     second_moment = max_exp_avg_sq;
   }
-  return {k.neg_step_size * exp_avg, sqrt(second_moment)};
+  return {k.neg_step_size * exp_avg, sqrt(add(second_moment, k.eps_root))};
 }
 
 template <class F>

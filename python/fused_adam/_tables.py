@@ -12,7 +12,7 @@ class Option(NamedTuple):
     """An option of a parameter group."""
 
     name: str
-    kind: str  # "number", "betas", "flag", "fraction or None", "number or None"
+    kind: str  # "number", "betas", "flag", "fraction or None", "number or None", "eps mode"
     format: int  # of checkpoint files: the first one that knows it
     default: Any
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from fused_adam._tables import DEFAULTS, options_in, refuse_slips, used
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+EpsMode: TypeAlias = Literal["outside", "hat", "root"]
 Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 # One array, or containers of arrays.
 Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
@@ -85,6 +86,13 @@ class Adam:
         Where any gradient of any group has an infinity or a NaN, leave the step out: no parameter, no
         state and no step count changes. It is counted in :attr:`skipped_steps`, and no error. True in one
         group counts for all, also where that group has no gradients.
+    eps_mode : {"outside", "hat", "root"}, default "outside"
+        Where `eps` stands, with :math:`v` and its corrected form :math:`\hat v`: ``sqrt(v_hat) + eps``, as in
+        PyTorch; ``(sqrt(v) + eps) / sqrt(1 - beta2**t)``, as in Keras, scikit-learn and thinc; or
+        ``sqrt(v_hat + eps)``, as optax's `eps_root`.
+    bias_correction : bool, default True
+        Correct both averages for having started at zero. Without, the first steps are larger: for averages
+        that did not start there, or numbers of programs that do not correct.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -147,6 +155,8 @@ class Adam:
         max_norm: float | None = None,
         clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        eps_mode: EpsMode = "outside",
+        bias_correction: bool = True,
         num_threads: int | None = None,
     ) -> None:
         self.defaults: dict[str, Any] = options_in(locals())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from fused_adam._tables import options_in
-from fused_adam.adam import Adam, Params
+from fused_adam.adam import Adam, EpsMode, Params
 
 
 class AdamW(Adam):
@@ -17,7 +17,9 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite, num_threads
+    params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite
+        As in :class:`Adam`.
+    eps_mode, bias_correction, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -44,6 +46,8 @@ class AdamW(Adam):
         max_norm: float | None = None,
         clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        eps_mode: EpsMode = "outside",
+        bias_correction: bool = True,
         num_threads: int | None = None,
     ) -> None:
         options = options_in(locals())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 
@@ -29,6 +29,8 @@ def adam_step(
     max_norm: float | None = None,
     clip_value: float | None = None,
     skip_nonfinite: bool = False,
+    eps_mode: Literal["outside", "hat", "root"] = "outside",
+    bias_correction: bool = True,
     max_exp_avg_sq: npt.NDArray[Any] | None = None,
     ema: npt.NDArray[Any] | None = None,
     grad_scale: float | None = None,
@@ -47,6 +49,8 @@ def adam_step(
     step : int
         The number of this step, counted from 1. It decides the bias corrections.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, ema_decay
+        As in :class:`fused_adam.Adam`.
+    eps_mode, bias_correction
         As in :class:`fused_adam.Adam`.
     max_norm, clip_value, skip_nonfinite
         As in :class:`fused_adam.Adam`, for this gradient alone.

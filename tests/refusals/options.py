@@ -87,6 +87,23 @@ def bad_options() -> Iterator[tuple[str, str, Any, type[Exception], str]]:
         for value in (1, 1.0, np.nextafter(1, 2), 2**70, -1e-300, NAN, INF, np.float32(1)):
             yield f"{key}={written(value)}", key, value, ValueError, " must be >= 0 and < 1, got "
 
+    for value in (1, None, b"hat", ["hat"], np.str_, True):
+        yield (
+            f"eps_mode={written(value)}",
+            "eps_mode",
+            value,
+            TypeError,
+            " must be 'outside', 'hat' or 'root', ",
+        )
+    for value in ("", "Hat", "hat ", "inside", "root\0"):
+        yield (
+            f"eps_mode={value!r}",
+            "eps_mode",
+            value,
+            ValueError,
+            " must be 'outside', 'hat' or 'root', got ",
+        )
+
 
 def option_rows() -> Iterator[Row]:
     """Every option in every place where it may be given."""
