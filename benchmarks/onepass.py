@@ -3,8 +3,8 @@
     python -m benchmarks.onepass [ROUNDS]
 
 GPT-2 small in float32, with 1 thread and with 2. Each side runs in processes of its own, in turn; medians of
-the rounds. PyTorch's passes are what its users call: `GradScaler.unscale_`, `clip_grad_norm_` (by the faster of
-its two ways), AdamW with fused=True, `zero_grad(set_to_none=False)`, an average by `_foreach_lerp_`.
+the rounds. PyTorch's passes are what its users call: `GradScaler.unscale_`, `clip_grad_norm_` (by the faster
+of its two ways), AdamW with fused=True, `zero_grad(set_to_none=False)`, an average by `_foreach_lerp_`.
 """
 
 from __future__ import annotations
