@@ -78,6 +78,7 @@ StepCoefficients<T> narrow(const Coefficients<double>& k, double ema_weight) {
   out.k.eps_root = static_cast<T>(k.eps_root);
   out.k.eps = static_cast<T>(k.eps);
   out.k.neg_step_size = static_cast<T>(k.neg_step_size);
+  out.eps_in_root = k.eps_root != 0.0;
   out.ema_weight = static_cast<T>(ema_weight);
   out.lerp_from_grad = lerp_from_end(out.k.lerp_weight);
   out.ema_from_param = lerp_from_end(out.ema_weight);

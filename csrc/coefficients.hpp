@@ -48,14 +48,15 @@ struct Coefficients {
   T beta2;
   T neg_sqrt_correction2;         // -sqrt(1 - beta2**step)
   T reciprocal_sqrt_correction2;  // 1 / sqrt(1 - beta2**step), of the narrowed root
-  T eps_root;       // of eps inside the root: times 1 - beta2**step; else 0 (an exact no-op)
-  T eps;            // outside the root, after the bias correction; else 0
-  T neg_step_size;  // -lr / (1 - beta1**step)
+  T eps_root;                     // eps * (1 - beta2**step), if it stands inside the root
+  T eps;                          // outside the root, after the bias correction; else 0
+  T neg_step_size;                // -lr / (1 - beta1**step)
 };
 
 template <class T>
 struct StepCoefficients {
   Coefficients<T> k;
+  bool eps_in_root;
   bool lerp_from_grad;  // 1 - beta1 >= 0.5: the average is nearer to grad than to exp_avg
   T ema_weight;         // of param - ema: 1 - ema_decay, or -ema_decay when ema_from_param
   bool ema_from_param;  // 1 - ema_decay >= 0.5, likewise

@@ -109,6 +109,8 @@ FORMS = (
     ),
     "ema=0.3",
     "ema=0.9-l2-amsgrad-maximize",
+    "root",
+    "uncorrected-root-amsgrad-l2",
     "max_norm",
     "clip_value",
     "max_norm-skip_nonfinite-ema=0.9-l2-amsgrad",

@@ -98,6 +98,17 @@ const Row kRows[] = {
      true,
      false,
      1024.0},
+    {"eps hat",
+     [](HyperParameters& h) { h.eps_mode = h.kHat; },
+     {0x8AFEF1A9040CB49E, 0x42FA9AC758B40E10}},
+    {"eps in the root, amsgrad",
+     [](HyperParameters& h) { h.eps_mode = h.kRoot, h.amsgrad = true; },
+     {0xAF9116FB0C17650A, 0x63C6B6D6ADBA7CAC}},
+    {"uncorrected, from grad, l2, eps in the root",
+     [](HyperParameters& h) {
+       h.bias_correction = false, h.beta1 = 0.3, h.weight_decay = 0.01, h.eps_mode = h.kRoot;
+     },
+     {0xB1812B8A0311BE81, 0xF1918A3EA3EDEAB0}},
     {"skip_nonfinite, zero_grad",
      [](HyperParameters& h) { h.skip_nonfinite = true; },
      {0x59C3EEC373B9A8A9, 0x25C0CE67B5D76874},

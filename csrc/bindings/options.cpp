@@ -192,12 +192,38 @@ py::list options_for_python() {
   return rows;
 }
 
-OptionReader::OptionReader() {
+OptionReader::OptionReader() : usual_eps_mode_(interned(kEpsModes[HyperParameters().eps_mode])) {
   for (const OptionInfo& option : option_table()) keys_.push_back(interned(option.name));
 }
 
 HyperParameters OptionReader::read(const py::dict& group, const std::string& where) const {
+  const std::vector<OptionInfo>& table = option_table();
   HyperParameters hyper;
+  // Here, and not a function: called for each option of each step.
+  const auto set = [&](size_t i, py::handle value) {
+    const OptionInfo& option = table[i];
+    const py::str& key = keys_[i];
+    switch (option.kind) {
+      case OptionKind::kNotNegative:
+        hyper.*option.number = not_negative(value, where, key);
+        break;
+      case OptionKind::kBetas:
+        std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);
+        break;
+      case OptionKind::kFlag:
+        hyper.*option.flag = flag(value, where, key);
+        break;
+      case OptionKind::kFractionOrNone:
+        hyper.*option.number = fraction_or_none(value, where, key);
+        break;
+      case OptionKind::kNotNegativeOrNone:
+        hyper.*option.number = not_negative_or_none(value, where, key);
+        break;
+      case OptionKind::kEpsMode:
+        if (!value.is(usual_eps_mode_)) hyper.eps_mode = eps_mode(value, where, key);
+        break;
+    }
+  };
   size_t i = 0;
 #if !defined(Py_GIL_DISABLED)
   // Most groups have their options in the order of the table, where no key needs to be looked up.
@@ -205,13 +231,14 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
   PyObject *key, *value;
   while (i < keys_.size() && PyDict_Next(group.ptr(), &position, &key, &value) != 0 &&
          key == keys_[i].ptr()) {
-    set(hyper, i++, py::reinterpret_borrow<py::object>(value), where);
+    const auto held = py::reinterpret_borrow<py::object>(value);
+    set(i++, held);
   }
 #endif
   for (; i < keys_.size(); ++i) {
     const py::object found = dict_item(group, keys_[i]);
     if (!found) throw py::value_error(place(where, keys_[i]) + " is missing.");
-    set(hyper, i, found, where);
+    set(i, found);
   }
   if (hyper.clips_norm() && hyper.clips_value()) refuse_two_clips(where);
   return hyper;
@@ -238,32 +265,6 @@ void OptionReader::override_by(const OptionOverrides& overrides,
     if (max_norm.is_none() && clip_value.is_none()) continue;
     hyper.max_norm = norm;
     hyper.clip_value = value;
-  }
-}
-
-void OptionReader::set(HyperParameters& hyper, size_t i, py::handle value,
-                       const std::string& where) const {
-  const OptionInfo& option = option_table()[i];
-  const py::str& key = keys_[i];
-  switch (option.kind) {
-    case OptionKind::kNotNegative:
-      hyper.*option.number = not_negative(value, where, key);
-      break;
-    case OptionKind::kBetas:
-      std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);
-      break;
-    case OptionKind::kFlag:
-      hyper.*option.flag = flag(value, where, key);
-      break;
-    case OptionKind::kFractionOrNone:
-      hyper.*option.number = fraction_or_none(value, where, key);
-      break;
-    case OptionKind::kNotNegativeOrNone:
-      hyper.*option.number = not_negative_or_none(value, where, key);
-      break;
-    case OptionKind::kEpsMode:
-      hyper.eps_mode = eps_mode(value, where, key);
-      break;
   }
 }
 

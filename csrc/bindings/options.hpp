@@ -57,9 +57,8 @@ class OptionReader {
   void override_by(const OptionOverrides& overrides, std::vector<HyperParameters>& hypers) const;
 
  private:
-  void set(HyperParameters& hyper, size_t option, py::handle value, const std::string& where) const;
-
   std::vector<py::str> keys_;  // interned, in the order of the table
+  py::str usual_eps_mode_;     // interned; compared by what it is, as most groups have this one
 };
 
 }  // namespace fused_adam

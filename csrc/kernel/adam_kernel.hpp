@@ -23,7 +23,7 @@ inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
           F::broadcast(k.neg_step_size)};
 }
 
-template <class F, bool l2, bool amsgrad, bool lerp_from_grad>
+template <class F, bool l2, bool amsgrad, bool lerp_from_grad, bool eps_in_root>
 void adam_update(const Streams& streams, int64_t count,
                  const Coefficients<typename F::Scalar>& narrowed) {
   using T = typename F::Scalar;
@@ -41,7 +41,8 @@ void adam_update(const Streams& streams, int64_t count,
     F p = g, v_max = v;
     if constexpr (l2) p = lanes.load(param + i);
     if constexpr (amsgrad) v_max = lanes.load(max_exp_avg_sq + i);
-    const Fraction<F> step = update_moments<l2, amsgrad, lerp_from_grad>(p, g, m, v, v_max, k);
+    const Fraction<F> step =
+        update_moments<l2, amsgrad, lerp_from_grad, eps_in_root>(p, g, m, v, v_max, k);
     lanes.store(exp_avg + i, m);
     lanes.store(exp_avg_sq + i, v);
     if constexpr (amsgrad) lanes.store(max_exp_avg_sq + i, v_max);
@@ -77,9 +78,10 @@ void adam_update(const Streams& streams, int64_t count,
 template <class F, bool l2, bool amsgrad>
 void adam_stage(const Streams& streams, int64_t count, const CoefficientSet& all) {
   const auto& narrowed = of_type(all, typename F::Scalar());
-  const auto stage = narrowed.lerp_from_grad ? adam_update<F, l2, amsgrad, true>
-                                             : adam_update<F, l2, amsgrad, false>;
-  stage(streams, count, narrowed.k);
+  constexpr decltype(&adam_update<F, l2, amsgrad, false, false>) updates[2][2] = {
+      {adam_update<F, l2, amsgrad, false, false>, adam_update<F, l2, amsgrad, false, true>},
+      {adam_update<F, l2, amsgrad, true, false>, adam_update<F, l2, amsgrad, true, true>}};
+  updates[narrowed.lerp_from_grad][narrowed.eps_in_root](streams, count, narrowed.k);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 //   v  = beta2 * v + (1 - beta2) * g**2
 //   p -= lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
 //
-// (or with eps, times 1 - beta2**t, inside the root, which is 0 + v otherwise: an exact no-op)
+// (or with eps inside the root: sqrt(v + eps * (1 - beta2**t)), and none outside)
 // in two halves, since a kernel is faster that runs them apart (adam_kernel.hpp).
 // tests/reference.py is the same in NumPy. Whoever changes a rounding here changes kNumerics.
 #pragma once
@@ -23,7 +23,7 @@ struct Fraction {
   F numerator, root;
 };
 
-template <bool l2, bool amsgrad, bool lerp_from_grad, class F>
+template <bool l2, bool amsgrad, bool lerp_from_grad, bool eps_in_root, class F>
 inline Fraction<F> update_moments(F param, F grad, F& exp_avg, F& exp_avg_sq, F& max_exp_avg_sq,
                                   const Coefficients<F>& k) {
   grad = flip_sign(grad, k.grad_sign);
@@ -37,7 +37,8 @@ inline Fraction<F> update_moments(F param, F grad, F& exp_avg, F& exp_avg_sq, F&
     max_exp_avg_sq = max_or_nan(max_exp_avg_sq, exp_avg_sq);
     second_moment = max_exp_avg_sq;
   }
-  return {k.neg_step_size * exp_avg, sqrt(add(second_moment, k.eps_root))};
+  if constexpr (eps_in_root) second_moment = add(second_moment, k.eps_root);
+  return {k.neg_step_size * exp_avg, sqrt(second_moment)};
 }
 
 template <class F>
