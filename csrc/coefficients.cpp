@@ -103,6 +103,7 @@ GradCoefficientSet grad_coefficients(double grad_scale, double clip, double boun
 
 double clip_coefficient(double max_norm, double norm) {
   const DefaultFloatMode mode;
+  if (std::isinf(max_norm)) return 1.0;  // of a norm that is no number, too
   const double coefficient = max_norm / (norm + 1e-6);
   return coefficient > 1.0 ? 1.0 : coefficient;
 }

@@ -92,7 +92,7 @@ struct GradCoefficientSet {
 GradCoefficientSet grad_coefficients(double grad_scale, double clip, double bound);
 
 // By which gradients of this norm are multiplied, as in torch.nn.utils.clip_grad_norm_:
-// max_norm / (norm + 1e-6) where that is below 1, or NaN; else 1.
+// max_norm / (norm + 1e-6) where that is below 1, or NaN; else 1, and for an infinite max_norm.
 double clip_coefficient(double max_norm, double norm);
 
 // Computed in double and narrowed once, whatever the rounding mode of the caller. step counts

@@ -83,9 +83,9 @@ def test_what_is_refused_changes_nothing() -> None:
         ([good, buffers[1]], "grad for params[1] shares memory with opt.grads, to which", ValueError, None),
         ([buffers[1], good], "grad for params[0] shares memory with opt.grads, to which", ValueError, None),
         ([good, base[:4]], "grad for params[1] shares memory with params[1]", ValueError, None),
-        ([good] * 2, "grad for params[1] is read-only, but accumulate()", ValueError, [good, read_only]),
-        ([good] * 2, "shares memory with grad for params[0], and acc", ValueError, [buffers[0]] * 2),
-        ([good] * 2, "grad for params[1] shares memory with params[1]", ValueError, [good, base[:4]]),
+        ([good] * 2, "opt.grads for params[1] is read-only, but accum", ValueError, [good, read_only]),
+        ([good] * 2, "shares memory with opt.grads for params[0], and", ValueError, [buffers[0]] * 2),
+        ([good] * 2, "opt.grads for params[1] shares memory with params[1]", ValueError, [good, base[:4]]),
     ]
     for grads, message, error, other_buffers in rows:
         if other_buffers is not None:
@@ -107,6 +107,11 @@ def test_allocates_little_and_keeps_no_gradient() -> None:
 
 
 def test_scene_goes_on_after_refusals() -> None:
+    opt = Adam(np.ones(2))
+    with refused(ValueError, "shape", opt):
+        opt.accumulate(np.ones(3))
+    with refused(ValueError, r"^step\(\) needs grads", opt):  # no buffers were made
+        opt.step()
     scene = Scene(grouped=True)
     with refused(ValueError, "grads: expected", scene.opt):
         scene.opt.accumulate([])

@@ -200,6 +200,14 @@ def test_what_is_not_finite_clips_as_in_torch() -> None:
         np.testing.assert_equal(opt.state[0]["exp_avg"], [others, NAN, others])
 
 
+def test_an_infinite_max_norm_clips_nothing() -> None:
+    for grad in ([INF, 1.0], [1.7e308, 1.7e308], [NAN, 1.0], [3.0, 4.0]):
+        one, two = np.zeros(2), np.zeros(2)
+        Adam(one).step(np.array(grad), max_norm=INF)
+        Adam(two).step(np.array(grad))
+        np.testing.assert_equal(one, two)
+
+
 def test_options_of_a_step_take_the_place_of_those_of_groups() -> None:
     grad = np.array([3.0, 4.0])
     plain, opt, fixed = (Adam(np.zeros(2), **o) for o in ({}, {}, {"max_norm": 0.5}))

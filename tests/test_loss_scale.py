@@ -41,7 +41,14 @@ def test_needs_a_step_that_looked() -> None:
     scale = LossScale()
     with pytest.raises(ValueError, match="did not look for infinities"):
         scale.update(Adam(np.zeros(1)).step(np.ones(1)))
+    # One that did not look either, and was made.
+    opt = Adam(np.zeros(1))
+    with pytest.raises(ValueError, match="did not look for infinities"):
+        scale.update(opt.step(np.array([math.inf]), max_norm=1.0))
     assert float(scale) == 65536
+    with pytest.raises(TypeError, match=r"^state_dict must be a dict"):
+        scale.load_state_dict(None)  # type: ignore[arg-type]
+    assert float(LossScale(np.float16(2))) == 2  # type: ignore[arg-type]
 
 
 BAD: list[tuple[str, Any, type[Exception]]] = [

@@ -345,10 +345,20 @@ def test_options_are_not_shared() -> None:
         ("maxnorm", "max_norm"),
         ("clip_values", "clip_value"),
         ("decoupled_weight_deacy", "decoupled_weight_decay"),
+        ("weight_decay_", "weight_decay"),
+        ("Weight_Decay", "weight_decay"),
+        ("LR", "lr"),
+        ("learning_rate", "lr"),
+        ("epsilon", "eps"),
+        ("beta_1", "betas"),
+        ("wd", "weight_decay"),
+        ("clipnorm", "max_norm"),
+        ("param", "params"),
     ],
 )
 def test_slips_in_groups_are_refused(slip: str, option: str) -> None:
-    message = re.escape(f"has a key {slip!r}, which is no option: did you mean {option!r}?")
+    said = f"has a key {slip!r}, which is no option: did you mean {option!r}? If it is yours, give it another"
+    message = re.escape(f"{said} name.")
     with pytest.raises(ValueError, match=rf"^param_groups\[0\] {message}$"):
         Adam([{"params": np.ones(2), slip: 0.1}])
     opt = Adam(np.ones(2))
@@ -361,7 +371,7 @@ def test_keys_of_others_are_no_slips() -> None:
     names = """
         initial_lr max_lr min_lr base_lr swa_lr lr_scale lr_mult eta_min lr_decay momentum max_momentum
         base_momentum name tag layer warmup param_names weight_decay_scale weight_decay_mult wd_mult
-        foreach fused capturable differentiable step
+        foreach fused capturable differentiable step lr0 lr2 lrs eps1 id
     """
     others = re.findall(r"\w+", names)
     opt = Adam([{"params": np.ones(2), **dict.fromkeys(others, 1)}])

@@ -213,8 +213,8 @@ void Optimizer::notice_moved_params() {
   }
 }
 
-void Optimizer::check_grad(Slot& slot, py::handle array) {
-  const Place name = place("grad for ", slot), param_name = place("", slot);
+void Optimizer::check_grad(Slot& slot, py::handle array, const char* role) {
+  const Place name = place(role, slot), param_name = place("", slot);
   const ArrayFacts grad = array_facts(array, name);
   require_like(grad, name, slot.layout(), &param_name);
   int64_t owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
@@ -231,19 +231,18 @@ void Optimizer::check_grad(Slot& slot, py::handle array) {
   slot.streams.at[kGrad] = grad.data;
 }
 
-void Optimizer::check_grads_are_writeable(const char* why_written, const char* why_alone) {
+void Optimizer::check_grads_are_writeable(const char* role, const char* why_written,
+                                          const char* why_alone) {
   written_grads_.clear();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
-    const Place name = place("grad for ", slots_[i]);
+    const Place name = place(role, slots_[i]);
     require_writeable(grads_[i], name, why_written);
     written_grads_.add(array_facts(grads_[i], name).memory(), static_cast<int64_t>(i));
   }
   const auto [a, b] = written_grads_.index();
   if (a == WrittenMemory::kNone) return;
-  const auto text = [&](int64_t i) {
-    return place("grad for ", slots_[static_cast<size_t>(i)]).str();
-  };
+  const auto text = [&](int64_t i) { return place(role, slots_[static_cast<size_t>(i)]).str(); };
   throw py::value_error(text(b) + " shares memory with " + text(a) + ", and " + why_alone +
                         " Pass a copy.");
 }
@@ -300,7 +299,7 @@ bool Optimizer::check_and_plan(const StepWishes& wishes) {
   }
   plan_.end();
   if (wishes.zero_grad) {
-    check_grads_are_writeable("zero_grad=True sets it to zeros.",
+    check_grads_are_writeable("grad for ", "zero_grad=True sets it to zeros.",
                               "zero_grad=True sets both to zeros, one before the other is used.");
   }
   if (memory_is_indexed_) return missing != 0;
@@ -326,12 +325,14 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
   wishes.grad_scale = grad_scale;
   for (const HyperParameters& hyper : hypers_) wishes.add(hyper);
   const bool lacks_streams = check_and_plan(wishes);
+  // From here on nothing can fail, but for memory for streams that are missing; a step that is
+  // skipped makes none.
   StepReport report;
-  if (plan_.measures()) {
+  if (!lacks_streams || plan_.measures()) {
     const WithoutGil no_gil;
     report = plan_.measure(*isa_.stages, threads_);
+    if (!lacks_streams || report.skipped) plan_.run(*isa_.stages, threads_, report);
   }
-  // A step that is skipped makes none, either.
   if (lacks_streams && !report.skipped) {
     std::vector<unsigned> wanted = wanted_by_options();
     for (size_t i = 0; i < slots_.size(); ++i) {
@@ -339,13 +340,10 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
     }
     add_missing(wanted);
     check_and_plan(wishes);
-  }
-  // From here on nothing can fail.
-  skipped_steps_ += report.skipped;
-  {
     const WithoutGil no_gil;
     plan_.run(*isa_.stages, threads_, report);
   }
+  skipped_steps_ += report.skipped;
   if (report.skipped) return report;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const bool keeps_ema = hypers_[g].keeps_ema();
@@ -392,14 +390,15 @@ void Optimizer::accumulate(py::handle sums, py::handle grads) {
   memory_.look_again();
   notice_moved_params();
   if (!memory_is_indexed_) index_memory();
-  const auto check = [&](const std::vector<py::object>& arrays) {
+  const auto check = [&](const std::vector<py::object>& arrays, const char* role) {
     for (size_t i = 0; i < slots_.size(); ++i) {
-      if (!arrays[i].is_none()) check_grad(slots_[i], arrays[i]);
+      if (!arrays[i].is_none()) check_grad(slots_[i], arrays[i], role);
     }
   };
-  check(grads_);
-  check_grads_are_writeable("accumulate() adds to it.", "accumulate() adds to both.");
-  check(added);
+  constexpr const char* kBuffer = "opt.grads for ";
+  check(grads_, kBuffer);
+  check_grads_are_writeable(kBuffer, "accumulate() adds to it.", "accumulate() adds to both.");
+  check(added, "grad for ");
   GradSums all;
   size_t hint = 0;
   for (size_t i = 0; i < slots_.size(); ++i) {

@@ -118,10 +118,11 @@ class Optimizer {
   void flatten_grads(py::handle tree, const char* root, std::vector<py::object>& grads) const;
   void check_layout(Slot& slot);
   void check_param(Slot& slot);
-  void check_grad(Slot& slot, py::handle array);
+  // role: what messages call it, before the name of its param.
+  void check_grad(Slot& slot, py::handle array, const char* role = "grad for ");
   void notice_moved_params();
   // That they can be written, and no two share memory, for a step that has these reasons.
-  void check_grads_are_writeable(const char* why_written, const char* why_alone);
+  void check_grads_are_writeable(const char* role, const char* why_written, const char* why_alone);
   bool check_and_plan(const StepWishes& wishes);
   // Of each slot, by the options read last: the streams that it needs, a bit for each.
   std::vector<unsigned> wanted_by_options() const;

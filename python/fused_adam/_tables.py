@@ -60,17 +60,41 @@ def used(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k not in LATER or v != DEFAULTS[k]}
 
 
+# What options are called elsewhere.
+_ELSEWHERE: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("learning_rate", "learn_rate", "step_size", "alpha"), "lr"),
+    **dict.fromkeys(("beta", "beta1", "beta2", "beta_1", "beta_2", "b1", "b2"), "betas"),
+    **dict.fromkeys(("epsilon",), "eps"),
+    **dict.fromkeys(("wd", "l2"), "weight_decay"),
+    **dict.fromkeys(("grad_clip", "clip_norm", "clipnorm", "global_clipnorm", "clip_grad_norm"), "max_norm"),
+    **dict.fromkeys(("clipvalue", "clip_grad_value"), "clip_value"),
+}
+
+
 def refuse_slips(group: Mapping[Any, Any], where: str) -> None:
-    """ValueError for a key that is nearly the name of an option. Others are somebody's own, and kept."""
-    unknown = [key for key in group if isinstance(key, str) and key not in DEFAULTS and key != "params"]
-    if not unknown:
-        return
+    """ValueError for a key that is nearly the name of an option, or one elsewhere. Others are kept."""
+    for key in group:
+        if isinstance(key, str) and key not in DEFAULTS and key != "params":
+            option = _meant_by(key)
+            if option is not None:
+                raise ValueError(
+                    f"{where} has a key {key!r}, which is no option: did you mean {option!r}? If it is yours, "
+                    "give it another name."
+                )
+
+
+def _meant_by(key: str) -> str | None:
     from difflib import get_close_matches  # seldom needed
 
-    for key in unknown:
-        for option in get_close_matches(key, [*DEFAULTS, "params"], 1, 0.8):
-            if f"{option}_" not in key and f"_{option}" not in key:  # weight_decay_scale is no slip
-                raise ValueError(f"{where} has a key {key!r}, which is no option: did you mean {option!r}?")
+    folded = key.lower().strip("_")
+    if folded in DEFAULTS:
+        return folded
+    if folded in _ELSEWHERE:
+        return _ELSEWHERE[folded]
+    # In fewer letters one is a large part, and weight_decay_scale is no slip.
+    known = [name for name in (*DEFAULTS, "params") if len(name) > 3]
+    matches = get_close_matches(folded, known, 1, 0.8) if len(folded) > 3 else []
+    return next((m for m in matches if f"{m}_" not in folded and f"_{m}" not in folded), None)
 
 
 def unknown_features(required: Iterable[str]) -> list[str]:

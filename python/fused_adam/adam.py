@@ -59,7 +59,8 @@ class Adam:
     betas : (float, float), default (0.9, 0.999)
         Decay rates of the averages of the gradient and of its square, in [0, 1).
     eps : float, default 1e-8
-        Added to the denominator, outside the square root and after the bias correction. >= 0.
+        Added to the denominator, outside the square root and after the bias correction, unless `eps_mode`
+        says otherwise. >= 0.
     weight_decay : float, default 0
         >= 0. Added to the gradient as ``weight_decay * param`` (L2), or see `decoupled_weight_decay`.
     amsgrad : bool, default False
@@ -87,12 +88,13 @@ class Adam:
         state and no step count changes. It is counted in :attr:`skipped_steps`, and no error. True in one
         group counts for all, also where that group has no gradients.
     eps_mode : {"outside", "hat", "root"}, default "outside"
-        Where `eps` stands, with :math:`v` and its corrected form :math:`\hat v`: ``sqrt(v_hat) + eps``, as in
-        PyTorch; ``(sqrt(v) + eps) / sqrt(1 - beta2**t)``, as in Keras, scikit-learn and thinc; or
-        ``sqrt(v_hat + eps)``, as optax's `eps_root`.
+        Where `eps` stands, with ``v_hat = v / (1 - beta2**t)``. "outside": ``sqrt(v_hat) + eps``, as in
+        PyTorch. "hat": ``(sqrt(v) + eps) / sqrt(1 - beta2**t)``, the epsilon-hat of [1]_, as in Keras,
+        scikit-learn and thinc. "root": ``sqrt(v_hat + eps)``, as optax's `eps_root`; the denominator is never
+        below ``sqrt(eps)`` then.
     bias_correction : bool, default True
-        Correct both averages for having started at zero. Without, the first steps are larger: for averages
-        that did not start there, or numbers of programs that do not correct.
+        False: take both averages as they are, although they started at zero: ``1 - beta1**t`` and
+        ``1 - beta2**t`` are 1.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -197,9 +199,11 @@ class Adam:
         grad_scale : float, optional
             What the loss was multiplied by: the gradients are divided by it first, as PyTorch's fused
             step does. They are not written.
-        max_norm, clip_value, skip_nonfinite
-            For this step, in the place of what the groups say: see :class:`Adam`. Either clip takes the
-            place of the other kind, too; ``math.inf`` only measures.
+        max_norm, clip_value : float, optional
+            For this step, in the place of what all groups say, of either kind: see :class:`Adam`.
+            ``max_norm=math.inf`` clips nothing, and measures.
+        skip_nonfinite : bool, optional
+            For this step, in the place of what the groups say.
 
         Returns
         -------
@@ -293,7 +297,12 @@ class Adam:
         >>> opt.step(grad_scale=2.0, zero_grad=True)  # by their mean
         StepInfo(skipped=False, grad_norm=5.0)
         """
-        self._core.accumulate(self.grads, grads)
+        held = self._grads
+        try:
+            self._core.accumulate(self.grads, grads)
+        except BaseException:
+            self._grads = held  # a call that is refused makes no buffers
+            raise
 
     def zero_grad(self) -> None:
         """Fill the buffers of :attr:`grads` with zeros."""
@@ -413,7 +422,8 @@ class Adam:
         Notes
         -----
         ``torch.optim.Adam`` loads it once the arrays are tensors (``torch.from_numpy`` on each) and goes
-        on with the same bits: the options say ``fused=True``, as these numbers are.
+        on with the same bits: the options say ``fused=True``, as these numbers are. But not where there is
+        a ``"requires"``, which it does not look at: it goes on without those options.
         """
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)

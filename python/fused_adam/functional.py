@@ -37,7 +37,7 @@ def adam_step(
     zero_grad: bool = False,
     num_threads: int | None = None,
 ) -> StepInfo:
-    """One Adam step on arrays that the caller owns. Updates all but `grad` in place (that with `zero_grad`).
+    """One Adam step on arrays that the caller owns. Updates them in place; `grad` only with `zero_grad`.
 
     The kernel, the formula and the bits are those of :class:`fused_adam.Adam`.
 

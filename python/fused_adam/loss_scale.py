@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -24,8 +25,8 @@ _RANGES: Final[Mapping[str, tuple[float, float, str]]] = {
 class LossScale:
     """A dynamic loss scale, in the manner of :class:`torch.amp.GradScaler`.
 
-    After `growth_interval` steps in a row that were made it is multiplied by `growth_factor`, and after one
-    that was skipped by `backoff_factor`. It is a float32 number, as in PyTorch, and stays within their range.
+    The scale is multiplied by `growth_factor` after `growth_interval` steps in a row that were made, and by
+    `backoff_factor` after each that was skipped. It is a float32 number, as in PyTorch, and stays a normal one.
 
     Parameters
     ----------
@@ -87,9 +88,9 @@ class LossScale:
         Raises
         ------
         ValueError
-            The step did not look for infinities.
+            The step did not look for infinities, or was made although there were some.
         """
-        if info.grad_norm is None:
+        if info.grad_norm is None or not (info.skipped or math.isfinite(info.grad_norm)):
             raise ValueError("the step did not look for infinities: opt.step(..., skip_nonfinite=True).")
         made = 0 if info.skipped else self._state["_growth_tracker"] + 1
         grows = made == self._state["growth_interval"]
@@ -100,7 +101,12 @@ class LossScale:
                 self._state["scale"] = max(float(np.float32(scale)), _SMALLEST)
 
     def state_dict(self) -> dict[str, Any]:
-        """All numbers, with the keys of :class:`torch.amp.GradScaler`, which loads them."""
+        """All numbers, with the keys of :class:`torch.amp.GradScaler`, which loads them.
+
+        Returns
+        -------
+        dict
+        """
         return dict(self._state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -115,6 +121,8 @@ class LossScale:
         TypeError, ValueError
             A key is missing, or its value of another type or out of range. Nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}.")
         missing = [key for key in self._state if key not in state_dict]
         if missing:
             raise ValueError(f"state_dict has no key {missing[0]!r}.")
@@ -132,9 +140,9 @@ def _checked(state: dict[str, Any], where: str) -> dict[str, Any]:
         is_number = isinstance(value, (int, float, np.integer, np.floating))
         if isinstance(value, (bool, np.bool_)) or not is_number:
             raise TypeError(f"{name} must be a number, got {value!r}.")
-        if key in ("growth_interval", "_growth_tracker"):
-            value = _config.as_int(name, value)
+        is_count = key in ("growth_interval", "_growth_tracker")
+        value = _config.as_int(name, value) if is_count else float(value)
         if not low <= value <= high:
             raise ValueError(f"{name} must be {expected}, got {value!r}.")
-        checked[key] = value if isinstance(value, int) else float(value)
+        checked[key] = value
     return {**checked, "scale": float(np.float32(checked["scale"]))}
