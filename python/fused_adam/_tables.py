@@ -78,8 +78,8 @@ def refuse_slips(group: Mapping[Any, Any], where: str) -> None:
             option = _meant_by(key)
             if option is not None:
                 raise ValueError(
-                    f"{where} has a key {key!r}, which is no option: did you mean {option!r}? If it is yours, "
-                    "give it another name."
+                    f"{where} has a key {key!r}, which is no option: did you mean {option!r}? "
+                    "If it is yours, give it another name."
                 )
 
 

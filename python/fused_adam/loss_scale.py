@@ -26,7 +26,8 @@ class LossScale:
     """A dynamic loss scale, in the manner of :class:`torch.amp.GradScaler`.
 
     The scale is multiplied by `growth_factor` after `growth_interval` steps in a row that were made, and by
-    `backoff_factor` after each that was skipped. It is a float32 number, as in PyTorch, and stays a normal one.
+    `backoff_factor` after each that was skipped. It is a float32 number, as in PyTorch, and stays a normal
+    one.
 
     Parameters
     ----------
