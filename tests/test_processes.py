@@ -203,8 +203,8 @@ def test_fork_during_a_step_of_the_same_optimizer() -> None:
     """The child finds it half updated and in use for ever: it is told so, at once, and starts anew."""
     params, grads = np.ones(LARGE, np.float32), np.ones(LARGE, np.float32)
     opt = Adam(params, num_threads=2)
-    # Its helpers are started now: the runtime of a sanitizer has locks of its own, which a fork in the middle of
-    # pthread_create leaves locked in the child (once in 12 runs).
+    # Its helpers are started now: the runtime of a sanitizer has locks of its own, which a fork in the middle
+    # of pthread_create leaves locked in the child (once in 12 runs).
     opt.step(grads)
     done = threading.Event()
     expected = Model(num_threads=1).trained(1, 2)
