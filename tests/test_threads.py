@@ -504,7 +504,7 @@ print(*(mask >> (number - 1) & 1 for number in faults))
 @pytest.mark.skipif(show_config()["threads"] != "team", reason="OpenMP is the back end of this run")
 def test_a_fault_in_a_helper_is_told() -> None:
     """Blocked, the signal of a fault ends the process before faulthandler can say anything."""
-    # NumPy has threads then, and so the one of a sanitizer, which starts with the first, is there before ours.
+    # NumPy has threads then, and so the one of a sanitizer, which starts with the first, is no new one.
     done = run_python(BLOCKED.format(size=PARALLEL), OPENBLAS_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["1 1 1", "0 0 0 0"]
