@@ -54,9 +54,7 @@ class EmaWeights {
   }
   // Where it fails, it can be tried again; the destructor does not.
   void exit() {
-    if (state_ == kOutside) {
-      throw std::runtime_error("the averages are not in the place of the parameters.");
-    }
+    if (state_ == kOutside) throw std::runtime_error(kNoAverages);
     state_ = kFailed;
     optimizer_.cast<Optimizer&>().use_params();
     state_ = kOutside;

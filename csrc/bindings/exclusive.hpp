@@ -12,6 +12,8 @@ enum class Use {
   kAverages,  // they are in the place of their params
 };
 
+constexpr char kNoAverages[] = "the averages are not in the place of the parameters.";
+
 // Exclusive use, for as long as an object lives: RuntimeError where somebody else has it.
 class Exclusive {
  public:
@@ -41,7 +43,7 @@ class Exclusive {
       case Use::kNone:
         break;
     }
-    throw std::runtime_error("the averages are not in the place of the parameters.");
+    throw std::runtime_error(kNoAverages);
   }
 
   std::atomic<Use>& use_;

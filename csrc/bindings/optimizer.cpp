@@ -213,6 +213,12 @@ void Optimizer::notice_moved_params() {
   }
 }
 
+void Optimizer::update_memory() {
+  memory_.look_again();
+  notice_moved_params();
+  if (!memory_is_indexed_) index_memory();
+}
+
 void Optimizer::check_grad(Slot& slot, py::handle array, const char* role) {
   const Place name = place(role, slot), param_name = place("", slot);
   const ArrayFacts grad = array_facts(array, name);
@@ -359,9 +365,7 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
 void Optimizer::zero(py::handle grads) {
   const StepScope scope(*this);
   flatten_grads(grads, "grads", grads_);
-  memory_.look_again();
-  notice_moved_params();
-  if (!memory_is_indexed_) index_memory();
+  update_memory();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
     check_grad(slots_[i], grads_[i]);
@@ -387,9 +391,7 @@ void Optimizer::accumulate(py::handle sums, py::handle grads) {
     throw py::value_error("opt.grads has no array for " + place("", slots_[i]).str() +
                           " to add its gradient to.");
   }
-  memory_.look_again();
-  notice_moved_params();
-  if (!memory_is_indexed_) index_memory();
+  update_memory();
   const auto check = [&](const std::vector<py::object>& arrays, const char* role) {
     for (size_t i = 0; i < slots_.size(); ++i) {
       if (!arrays[i].is_none()) check_grad(slots_[i], arrays[i], role);

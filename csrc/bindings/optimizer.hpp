@@ -121,6 +121,8 @@ class Optimizer {
   // role: what messages call it, before the name of its param.
   void check_grad(Slot& slot, py::handle array, const char* role = "grad for ");
   void notice_moved_params();
+  // As a step does it on its way: memory_ is of all slots and where their params are now.
+  void update_memory();
   // That they can be written, and no two share memory, for a step that has these reasons.
   void check_grads_are_writeable(const char* role, const char* why_written, const char* why_alone);
   bool check_and_plan(const StepWishes& wishes);

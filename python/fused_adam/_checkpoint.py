@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fused_adam import _core
+from fused_adam import _config, _core
 from fused_adam._tables import DEFAULTS, STATE, STREAMS, features, unknown_features, used
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
@@ -17,6 +17,8 @@ MAX_STEP = 2**62  # of an int64, which leaves as many steps to go
 _MAX_FLOAT_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
 Names = list[list[str] | None]  # for each group: the names of its parameters, if it has any; all different
+# A dict of layouts for each kind of parameter, and the kind of each: _core.Optimizer.kinds().
+Kinds: TypeAlias = tuple[list[dict[str, tuple[str, tuple[int, ...], Literal["C", "F"]]]], list[int]]
 Entry = dict[str, Any]  # {"step": int, "exp_avg": array, ...}
 
 
@@ -61,13 +63,16 @@ def copy_state(core: _core.Optimizer) -> list[Entry]:
 
 
 def restore_state(
-    core: _core.Optimizer, entries: list[Entry], new_options: Iterable[tuple[dict[str, Any], dict[str, Any]]]
+    core: _core.Optimizer,
+    all_kinds: Kinds,
+    entries: list[Entry],
+    new_options: Iterable[tuple[dict[str, Any], dict[str, Any]]],
 ) -> None:
     """Write checked entries into the optimizer; what an entry does not have is as at the beginning.
 
-    new_options: groups, and what to update them by.
+    all_kinds: ``core.kinds()``. new_options: groups, and what to update them by.
     """
-    kinds, of_param = core.kinds()
+    kinds, of_param = all_kinds
     arrays = {
         name: [
             np.asarray(entry[name], order=kinds[kind][name][2]) if name in entry else None
@@ -122,14 +127,14 @@ def load_state_dict(
     wanted = [
         _core.streams_of(o) for o, group in zip(new_options, groups, strict=True) for _ in group["params"]
     ]
-    kinds, of_param = core.kinds()
+    kinds, of_param = all_kinds = core.kinds()
     entries = [
         _read_entry(saved_state[key], f"state_dict['state'][{key!r}]", kinds[kind], wanted_here)
         if key in saved_state
         else {"step": 0}
         for key, kind, wanted_here in zip(ids, of_param, wanted, strict=True)
     ]
-    restore_state(core, entries, zip(groups, new_options, strict=True))
+    restore_state(core, all_kinds, entries, zip(groups, new_options, strict=True))
 
 
 def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> list[Any]:
@@ -173,8 +178,7 @@ def _read_entry(
 
 def _read_step(value: Any, where: str) -> int:
     value = plain(value)
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    _require(is_number, f"{where} must be a number, got {value!r}", TypeError)
+    _require(_config.is_number(value), f"{where} must be a number, got {value!r}", TypeError)
     limit = MAX_STEP if isinstance(value, (int, np.integer)) else _MAX_FLOAT_STEP
     is_count = 0 <= value <= limit and value == int(value)
     more = f", more than {limit}" if value > limit else ""

@@ -71,6 +71,11 @@ def as_int(name: str, value: Any, expected: str = "an int") -> int:
     raise TypeError(f"{name} must be {expected}, got {value!r}.")
 
 
+def is_number(value: Any) -> bool:
+    """An int or a float, of Python or NumPy; a bool is a slip."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def require_flag(name: str, value: Any) -> None:
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _checkpoint, _core
-from fused_adam._checkpoint import CheckpointError
+from fused_adam._checkpoint import CheckpointError, Kinds
 from fused_adam._file_header import (
     DAMAGED,
     FORMAT,
@@ -40,7 +40,7 @@ from fused_adam._file_header import (
     require,
     shown,
 )
-from fused_adam._file_table import DTYPES, Kinds, Table, params_text
+from fused_adam._file_table import DTYPES, Table, params_text
 from fused_adam._replace import Writer, open_at_once, replacing
 from fused_adam._tables import DEFAULTS, STATE, STREAMS, features
 

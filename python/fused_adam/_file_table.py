@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fused_adam._checkpoint import Kinds
+
 Array: TypeAlias = npt.NDArray[Any]
-Kinds: TypeAlias = tuple[list[dict[str, tuple[str, tuple[int, ...], Literal["C", "F"]]]], list[int]]
 
 DTYPES: Final = {"int64": "I64", "float32": "F32", "float64": "F64"}  # as the safetensors format calls them
 

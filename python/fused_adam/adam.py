@@ -488,9 +488,10 @@ class Adam:
 
         Notes
         -----
-        It needs memory for some MiB, and the time to write what :attr:`state` holds: 8 bytes for each float32
-        parameter, 4 more with amsgrad and with an average. Do not write to the views of :attr:`state`
-        meanwhile: what is written and what is hashed would differ, and the file would not load.
+        It needs memory for some MiB and about 1 kB for each parameter, and the time to write what
+        :attr:`state` holds: 8 bytes for each float32 element, 4 more with amsgrad and with an average. Do not
+        write to the views of :attr:`state` meanwhile: what is written and what is hashed would differ, and
+        the file would not load.
 
         Examples
         --------
@@ -595,7 +596,7 @@ class Adam:
         for group, tree in zip(groups, saved["trees"], strict=True):
             self._add_group({**group, "params": tree}, grouped, frozen=True)
         with _core.ExclusiveUse(self._core):
-            _checkpoint.restore_state(self._core, saved["state"], [])
+            _checkpoint.restore_state(self._core, self._core.kinds(), saved["state"], [])
             self._core.skipped_steps = saved.get("skipped_steps", 0)  # which an older version did not have
         self.grads = grads
 

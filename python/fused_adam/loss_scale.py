@@ -138,8 +138,7 @@ def _checked(state: dict[str, Any], where: str) -> dict[str, Any]:
     for key, (low, high, expected) in _RANGES.items():
         name = where.format("init_scale" if key == "scale" and where == "{}" else key)
         value = state[key]
-        is_number = isinstance(value, (int, float, np.integer, np.floating))
-        if isinstance(value, (bool, np.bool_)) or not is_number:
+        if not _config.is_number(value):
             raise TypeError(f"{name} must be a number, got {value!r}.")
         is_count = key in ("growth_interval", "_growth_tracker")
         value = _config.as_int(name, value) if is_count else float(value)

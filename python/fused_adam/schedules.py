@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
 from fused_adam import _config
 
 __all__ = [
@@ -114,49 +112,50 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class WarmupCosine(Schedule):
+class _Warmup(Schedule):
+    lr: float
+    warmup: int
+    steps: int
+    start: float = 0.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup must be less than steps, which counts it, too: got {self.warmup} of {self.steps}."
+            )
+
+    def _rate(self, step: int) -> float:
+        if step < self.warmup:
+            return _line(self.start, self.lr, step, self.warmup)
+        return self._decay(self.lr, self.end, step - self.warmup, self.steps - self.warmup)
+
+    @staticmethod
+    @abstractmethod
+    def _decay(start: float, end: float, step: float, steps: float) -> float: ...
+
+
+class WarmupCosine(_Warmup):
     """A straight line from `start` to `lr` in `warmup` steps, then a cosine to `end` at `steps`, all in all.
 
     That of ``optax.warmup_cosine_decay_schedule``.
     """
 
-    lr: float
-    warmup: int
-    steps: int
-    start: float = 0.0
-    end: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_room(self.warmup, self.steps)
-
-    def _rate(self, step: int) -> float:
-        if step < self.warmup:
-            return _line(self.start, self.lr, step, self.warmup)
-        return _cosine(self.lr, self.end, step - self.warmup, self.steps - self.warmup)
+    @staticmethod
+    def _decay(start: float, end: float, step: float, steps: float) -> float:
+        return _cosine(start, end, step, steps)
 
 
-@dataclass(frozen=True)
-class WarmupLinear(Schedule):
+class WarmupLinear(_Warmup):
     """A straight line from `start` to `lr` in `warmup` steps, then another to `end` at `steps`, all in all.
 
     That of ``transformers.get_linear_schedule_with_warmup``.
     """
 
-    lr: float
-    warmup: int
-    steps: int
-    start: float = 0.0
-    end: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_room(self.warmup, self.steps)
-
-    def _rate(self, step: int) -> float:
-        if step < self.warmup:
-            return _line(self.start, self.lr, step, self.warmup)
-        return _line(self.lr, self.end, step - self.warmup, self.steps - self.warmup)
+    @staticmethod
+    def _decay(start: float, end: float, step: float, steps: float) -> float:
+        return _line(start, end, step, steps)
 
 
 @dataclass(frozen=True)
@@ -236,17 +235,11 @@ class Piecewise(Schedule):
 
 
 def _number(name: str, value: Any) -> float:
-    is_number = isinstance(value, (int, float, np.integer, np.floating))
-    if isinstance(value, (bool, np.bool_)) or not is_number:
+    if not _config.is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}.")
     return float(value)
-
-
-def _require_room(warmup: int, steps: int) -> None:
-    if warmup >= steps:
-        raise ValueError(f"warmup must be less than steps, which counts it, too: got {warmup} of {steps}.")
 
 
 def _line(start: float, end: float, step: float, steps: float) -> float:
