@@ -39,7 +39,7 @@ py::list streams_for_python() {
 
 // The names of the streams of ours that steps with these options need.
 std::vector<std::string> streams_of(const py::dict& options) {
-  const HyperParameters hyper = OptionReader().read(options, "");
+  const HyperParameters hyper = OptionReader().read(options, "", 0);
   std::vector<std::string> names;
   for (const StreamInfo& info : kStreamTable) {
     if (is_ours(info) && info.wanted(hyper)) names.push_back(info.name);
@@ -81,10 +81,10 @@ void bind(py::module_& m) {
 
   m.def(
       "check_options",
-      [](const py::dict& options, const std::string& where) {
-        OptionReader().read(options, where);
+      [](const py::dict& options, const std::string& where, int64_t steps) {
+        OptionReader().read(options, where, steps);
       },
-      py::arg("options"), py::arg("where"));
+      py::arg("options"), py::arg("where"), py::arg("steps"));
   m.def("option_table", &options_for_python);
   m.def("stream_table", &streams_for_python);
   m.def("scatter", &scatter, py::arg("elements"), py::arg("arrays"));
@@ -122,6 +122,7 @@ void bind(py::module_& m) {
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)
       .def_property_readonly("structures", &Optimizer::structures)
+      .def_property_readonly("steps", &Optimizer::steps)
       .def_property("skipped_steps", &Optimizer::skipped_steps, &Optimizer::set_skipped_steps)
       .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
            py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
@@ -133,8 +134,8 @@ void bind(py::module_& m) {
       .def("kinds", &Optimizer::kinds)
       .def("streams", &Optimizer::streams, py::arg("wanted"))
       .def("make_wanted_streams", &Optimizer::make_wanted_streams, py::arg("param_groups"))
-      .def("set_state", &Optimizer::set_state, py::arg("steps"), py::arg("streams"),
-           py::arg("new_options"))
+      .def("set_state", &Optimizer::set_state, py::arg("step_counts"), py::arg("streams"),
+           py::arg("new_options"), py::arg("steps"))
       .def("new_grads", &Optimizer::new_grads, py::arg("group"))
       .def("averages", &Optimizer::averages, py::arg("param_groups"));
 

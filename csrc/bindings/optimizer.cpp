@@ -81,7 +81,7 @@ void Optimizer::add_group(const py::object& param_groups, const py::dict& option
   const std::string root = grouped ? name + "['params']" : "params";
   if (count == 0) throw py::value_error(root + " has no arrays to train.");
   if (!grouped && index > 0) throw std::logic_error("several groups need grouped gradients");
-  const HyperParameters hyper = reader_.read(options, name);
+  const HyperParameters hyper = reader_.read(options, name, steps_);
 
   py::tuple params(count);
   for (size_t i = 0; i < count; ++i) params[i] = structure->leaves()[i];
@@ -145,7 +145,7 @@ void Optimizer::read_groups(py::handle param_groups) {
   hypers_.clear();
   groups_in(param_groups, dicts_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
-    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name));
+    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, steps_));
   }
 }
 
@@ -349,8 +349,11 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
     const WithoutGil no_gil;
     plan_.run(*isa_.stages, threads_, report);
   }
-  skipped_steps_ += report.skipped;
-  if (report.skipped) return report;
+  if (report.skipped) {
+    skipped_steps_ += 1;
+    return report;
+  }
+  steps_ += 1;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const bool keeps_ema = hypers_[g].keeps_ema();
     for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {

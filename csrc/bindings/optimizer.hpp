@@ -46,7 +46,8 @@ class Optimizer {
   // overrides: for this step, in the place of the options of all groups.
   StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, double grad_scale,
                   const OptionOverrides& overrides);
-  // How many were skipped.
+  // How many were made, and how many were skipped.
+  int64_t steps() const { return steps_; }
   int64_t skipped_steps() const { return skipped_steps_; }
   void set_skipped_steps(int64_t count) { skipped_steps_ = count; }
 
@@ -78,9 +79,9 @@ class Optimizer {
   void make_wanted_streams(py::handle param_groups);
   // Takes over step counts and copies of arrays, {"exp_avg": [array or None, ...]}, which have the
   // layouts of their streams; what is not given is as at the beginning. Then updates groups by new
-  // options. All of it or nothing, whatever interrupts it. Needs exclusive use.
-  void set_state(const std::vector<int64_t>& steps, const py::dict& streams,
-                 const std::vector<std::pair<py::dict, py::dict>>& new_options);
+  // options. steps: made so far. All of it or nothing, whatever interrupts it. Needs exclusive use.
+  void set_state(const std::vector<int64_t>& step_counts, const py::dict& streams,
+                 const std::vector<std::pair<py::dict, py::dict>>& new_options, int64_t steps);
 
   // Buffers for the gradients of a group.
   py::list new_grads(size_t group) const;
@@ -141,7 +142,7 @@ class Optimizer {
   std::vector<Slot> slots_;
   std::vector<Group> groups_;
   std::atomic<bool> grouped_{false};
-  std::atomic<int64_t> skipped_steps_{0};
+  std::atomic<int64_t> steps_{0}, skipped_steps_{0};
   WrittenMemory memory_;  // of all slots, if memory_is_indexed_ and no param has moved since
   bool memory_is_indexed_ = false;
   WrittenMemory written_grads_;  // gradients that this call writes

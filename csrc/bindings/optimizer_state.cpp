@@ -119,13 +119,14 @@ void Optimizer::make_wanted_streams(py::handle param_groups) {
   hypers_.clear();
 }
 
-void Optimizer::set_state(const std::vector<int64_t>& steps, const py::dict& streams,
-                          const std::vector<std::pair<py::dict, py::dict>>& new_options) {
+void Optimizer::set_state(const std::vector<int64_t>& step_counts, const py::dict& streams,
+                          const std::vector<std::pair<py::dict, py::dict>>& new_options,
+                          int64_t steps) {
   const size_t count = slots_.size();
   const auto require_count = [count](size_t found) {
     if (found != count) throw py::value_error("state of another number of parameters.");
   };
-  require_count(steps.size());
+  require_count(step_counts.size());
   struct Source {
     py::object array;  // held: others may change the list that it came in
     Stream stream;
@@ -160,7 +161,8 @@ void Optimizer::set_state(const std::vector<int64_t>& steps, const py::dict& str
       if (from != to) memcpy(to, from, static_cast<size_t>(bytes));
     }
     const std::lock_guard<std::mutex> lock(slots_mutex_);
-    for (size_t i = 0; i < count; ++i) slots_[i].begin_state(steps[i], given[i]);
+    for (size_t i = 0; i < count; ++i) slots_[i].begin_state(step_counts[i], given[i]);
+    steps_ = steps;
   }
   for (const auto& [group, options] : new_options) {
     if (PyDict_Update(group.ptr(), options.ptr()) != 0) throw py::error_already_set();

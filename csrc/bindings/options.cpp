@@ -61,11 +61,24 @@ bool flag(py::handle value, const std::string& where, py::handle key) {
   refuse_type(place(where, key), "True or False", value);
 }
 
-double not_negative(py::handle value, const std::string& where, py::handle key) {
-  const auto here = [&] { return place(where, key); };
+template <class Place>
+double not_negative(py::handle value, const Place& here) {
   const double x = number(value, here);
   if (!(x >= 0.0) || std::isinf(x)) refuse(here(), "finite and >= 0", value);
   return x;
+}
+
+double not_negative(py::handle value, const std::string& where, py::handle key) {
+  return not_negative(value, [&] { return place(where, key); });
+}
+
+double rate(py::handle value, const std::string& where, py::handle key, int64_t steps) {
+  const bool is_schedule =
+      steps != OptionReader::kNoSteps && PyCallable_Check(value.ptr()) != 0;
+  if (!is_schedule) return not_negative(value, where, key);
+  const py::object now = value(py::int_(steps));
+  const auto here = [&] { return place(where, key) + "(" + std::to_string(steps) + ")"; };
+  return not_negative(now, here);
 }
 
 template <class Place>
@@ -118,6 +131,8 @@ const char* name_of(OptionKind kind) {
   switch (kind) {
     case OptionKind::kNotNegative:
       return "number";
+    case OptionKind::kRate:
+      return "number or function";
     case OptionKind::kBetas:
       return "betas";
     case OptionKind::kFlag:
@@ -136,6 +151,7 @@ py::object default_of(const OptionInfo& option) {
   const HyperParameters defaults;
   switch (option.kind) {
     case OptionKind::kNotNegative:
+    case OptionKind::kRate:
       return py::float_(defaults.*option.number);
     case OptionKind::kBetas:
       return py::make_tuple(defaults.beta1, defaults.beta2);
@@ -162,7 +178,7 @@ const std::vector<OptionInfo>& option_table() {
   using Kind = OptionKind;
   using H = HyperParameters;
   static const std::vector<OptionInfo> table = {
-      {"lr", Kind::kNotNegative, 1, &H::lr, nullptr},
+      {"lr", Kind::kRate, 1, &H::lr, nullptr},
       {"betas", Kind::kBetas, 1, nullptr, nullptr},
       {"eps", Kind::kNotNegative, 1, &H::eps, nullptr},
       {"weight_decay", Kind::kNotNegative, 1, &H::weight_decay, nullptr},
@@ -196,7 +212,8 @@ OptionReader::OptionReader() : usual_eps_mode_(interned(kEpsModes[HyperParameter
   for (const OptionInfo& option : option_table()) keys_.push_back(interned(option.name));
 }
 
-HyperParameters OptionReader::read(const py::dict& group, const std::string& where) const {
+HyperParameters OptionReader::read(const py::dict& group, const std::string& where,
+                                   int64_t steps) const {
   const std::vector<OptionInfo>& table = option_table();
   HyperParameters hyper;
   // Here, and not a function: called for each option of each step.
@@ -206,6 +223,9 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
     switch (option.kind) {
       case OptionKind::kNotNegative:
         hyper.*option.number = not_negative(value, where, key);
+        break;
+      case OptionKind::kRate:
+        hyper.*option.number = rate(value, where, key, steps);
         break;
       case OptionKind::kBetas:
         std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);

@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdint.h>
+
 #include <array>
 #include <string>
 #include <vector>
@@ -17,6 +19,7 @@ namespace py = pybind11;
 // What an option may be.
 enum class OptionKind {
   kNotNegative,     // a finite number >= 0
+  kRate,            // the same, or a function that gives one for a count of steps
   kBetas,           // a pair of numbers, >= 0 and < 1
   kFlag,            // True or False
   kFractionOrNone,  // a number >= 0 and < 1, or None
@@ -50,8 +53,12 @@ double read_grad_scale(py::handle value);
 // keyword arguments, which messages call by their bare name.
 class OptionReader {
  public:
+  static constexpr int64_t kNoSteps = -1;
+
   OptionReader();
-  HyperParameters read(const py::dict& group, const std::string& where) const;
+  // steps: the count for which functions are called, which may be code of the caller; kNoSteps:
+  // they are refused.
+  HyperParameters read(const py::dict& group, const std::string& where, int64_t steps) const;
   // Those that the arguments of a step give in the place of those of all groups. A clip replaces
   // the group's, of either kind; infinity is none.
   void override_by(const OptionOverrides& overrides, std::vector<HyperParameters>& hypers) const;

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _config, _core
-from fused_adam._tables import DEFAULTS, STATE, STREAMS, features, unknown_features, used
+from fused_adam._tables import DEFAULTS, LR_SCHEDULE, STATE, STREAMS, features, unknown_features, used
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
+# What a saved group holds besides its options.
+NOT_OPTIONS = frozenset({"params", "param_names", LR_SCHEDULE, *TORCH_FLAGS})
 MAX_STEP = 2**62  # of an int64, which leaves as many steps to go
 _MAX_FLOAT_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
@@ -27,23 +30,24 @@ class CheckpointError(ValueError):
 
 
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
-    param_groups = saved_groups(groups, names)
+    param_groups = saved_groups(groups, names, core.steps)
     core.make_wanted_streams(groups)  # those of options that were switched on, and not stepped since
     state = dict(enumerate(copy_state(core)))
-    saved: dict[str, Any] = {"state": state, "param_groups": param_groups}
+    saved: dict[str, Any] = {"state": state, "param_groups": param_groups, "steps": core.steps}
     required = features(groups, {name for entry in state.values() for name in entry})
     return {**saved, "requires": required} if required else saved
 
 
-def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
+def saved_groups(groups: list[dict[str, Any]], names: Names, steps: int) -> list[dict[str, Any]]:
     """The groups with indices and names for arrays."""
     all_saved = []
     first = 0
     for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
-        _core.check_options(group, f"param_groups[{i}]")  # as edited: what is saved must load
+        _core.check_options(group, f"param_groups[{i}]", steps)  # as edited: what is saved must load
         # Of their own, as the arrays: what the groups hold may be edited.
         options = {
-            k: list(v) if type(v) is list else v if _is_list(v) else plain(v) for k, v in group.items()
+            k: list(v) if type(v) is list else v if _is_list(v) else plain(v)
+            for k, v in with_plain_lr(group, steps).items()
         }
         saved = {**TORCH_FLAGS, **used(options), "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
@@ -51,6 +55,35 @@ def saved_groups(groups: list[dict[str, Any]], names: Names) -> list[dict[str, A
         all_saved.append(saved)
         first += len(group["params"])
     return all_saved
+
+
+def with_plain_lr(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The options, with the rate of the next step in the place of a function, and how that is written."""
+    plain_options = {key: value for key, value in options.items() if key != LR_SCHEDULE}
+    lr = options["lr"]
+    if callable(lr):
+        written = re.sub(r" at 0x[0-9a-fA-F]+", "", ascii(lr))  # not where it lay in memory
+        plain_options.update({"lr": lr(steps), LR_SCHEDULE: written[:200]})
+    return plain_options
+
+
+def kept_lr(options: Mapping[str, Any], saved: Mapping[str, Any], keep_lr: bool) -> dict[str, Any]:
+    """What stays of these options where saved ones are taken over: a function, or what is to be kept.
+
+    LookupError where those had a function, and these have none.
+    """
+    if keep_lr or callable(options["lr"]):
+        return {"lr": options["lr"]}
+    if LR_SCHEDULE in saved:
+        raise LookupError(
+            f"was saved with a schedule as lr, {saved[LR_SCHEDULE]!s:.200}, which is code and in no checkpoint"
+        )
+    return {}
+
+
+def check_read(options: dict[str, Any], where: str) -> None:
+    """As a step would check them, but for a function that this optimizer had before."""
+    _core.check_options({**options, "lr": 0.0} if callable(options["lr"]) else options, where, 0)
 
 
 def copy_state(core: _core.Optimizer) -> list[Entry]:
@@ -67,10 +100,12 @@ def restore_state(
     all_kinds: Kinds,
     entries: list[Entry],
     new_options: Iterable[tuple[dict[str, Any], dict[str, Any]]],
+    steps: int | None,
 ) -> None:
     """Write checked entries into the optimizer; what an entry does not have is as at the beginning.
 
-    all_kinds: ``core.kinds()``. new_options: groups, and what to update them by.
+    all_kinds: ``core.kinds()``. new_options: groups, and what to update them by. steps: made so far; None
+    where it was not saved.
     """
     kinds, of_param = all_kinds
     arrays = {
@@ -80,7 +115,8 @@ def restore_state(
         ]
         for name in STATE
     }
-    core.set_state([int(entry["step"]) for entry in entries], arrays, list(new_options))
+    counts = [int(entry["step"]) for entry in entries]
+    core.set_state(counts, arrays, list(new_options), max(counts) if steps is None else steps)
 
 
 def load_state_dict(
@@ -88,7 +124,7 @@ def load_state_dict(
     groups: list[dict[str, Any]],
     names: Names,
     checkpoint: Mapping[str, Any],
-    keep: Collection[str],
+    keep_lr: bool,
     fixed_options: Mapping[str, Any],
 ) -> None:
     _require(isinstance(checkpoint, Mapping), "state_dict must be a dict", TypeError)
@@ -109,16 +145,19 @@ def load_state_dict(
         f"state_dict has {len(groups_read)} param groups, the optimizer has {len(groups)}",
     )
 
+    steps = None if "steps" not in checkpoint else _read_step(checkpoint["steps"], "state_dict['steps']")
     ids: list[Any] = []
     new_options: list[dict[str, Any]] = []
     for i, (saved, group) in enumerate(zip(groups_read, groups, strict=True)):
         where = f"state_dict['param_groups'][{i}]"
         ids += _read_ids(saved, len(group["params"]), names[i], where)
-        options = {k: v for k, v in saved.items() if k not in {"params", "param_names", *TORCH_FLAGS, *keep}}
-        options = {key: plain(value) for key, value in options.items()}
-        kept = {key: group[key] for key in keep}
+        options = {key: plain(value) for key, value in saved.items() if key not in NOT_OPTIONS}
+        try:
+            kept = kept_lr(group, saved, keep_lr)
+        except LookupError as problem:
+            _require(False, f"{where} {problem.args[0]}. Give this optimizer one, or pass keep_lr=True")
         new_options.append({**group, **DEFAULTS, **options, **kept, **fixed_options})
-        _core.check_options(new_options[i], where)
+        check_read(new_options[i], where)
     _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
     known = set(ids)
     unknown = [key for key in saved_state if key not in known]
@@ -134,7 +173,7 @@ def load_state_dict(
         else {"step": 0}
         for key, kind, wanted_here in zip(ids, of_param, wanted, strict=True)
     ]
-    restore_state(core, all_kinds, entries, zip(groups, new_options, strict=True))
+    restore_state(core, all_kinds, entries, zip(groups, new_options, strict=True), steps)
 
 
 def _read_ids(saved: Any, count: int, names: list[str] | None, where: str) -> list[Any]:

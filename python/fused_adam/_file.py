@@ -68,17 +68,19 @@ def save(
     kinds = core.kinds()
     table = Table(kinds, np.array(state.pop("step"), np.int64), state)
     streams = _streams_as_json(table)
-    saved = _checkpoint.saved_groups(groups, names)
-    _core.check_options({**defaults}, "defaults")  # what is saved must load
+    steps = core.steps
+    saved = _checkpoint.saved_groups(groups, names, steps)
+    _core.check_options({**defaults}, "defaults", steps)  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
+        "steps": str(steps),
         "requires": json.dumps(features([*groups, defaults], streams)),
         "streams": json.dumps(streams),
         "params": params_text(kinds),
         "param_groups": json.dumps([_group_as_json(group, i) for i, group in enumerate(saved)]),
-        "defaults": json.dumps(as_json(defaults, "defaults")),
+        "defaults": json.dumps(as_json(_checkpoint.with_plain_lr(defaults, steps), "defaults")),
     }
     header = NewHeader(metadata, table.checksums(), table.members())
     room = header_room(len(core))
@@ -107,12 +109,13 @@ def load(
     fixed_options: Mapping[str, Any],
     progress: Progress | None,
     defaults: dict[str, Any],
+    keep_lr: bool,
 ) -> None:
     """Fill a new optimizer. Where this fails, some of its moments have been written already: drop it."""
     path = os.fsdecode(path)  # a number is no file descriptor of somebody else
     with open(path, "rb", opener=open_at_once) as file:
         try:
-            _load(file, core, groups, names, fixed_options, progress, defaults)
+            _load(file, core, groups, names, fixed_options, progress, defaults, keep_lr)
         except Refusal as refusal:
             raise CheckpointError(f"{path}: {refusal}.") from None
 
@@ -125,14 +128,27 @@ def _load(
     fixed_options: Mapping[str, Any],
     progress: Progress | None,
     defaults: dict[str, Any],
+    keep_lr: bool,
 ) -> None:
     saved = read_header(file, header_room(len(core)))
-    options = _read_groups(saved.groups, groups, names)
-    for i, group in enumerate(options):
-        group.update(fixed_options)
-        _check_options(group, f"param_groups[{i}]")
-    new_defaults = {**defaults, **(DEFAULTS if saved.defaults else {}), **saved.defaults, **fixed_options}
-    _check_options(new_defaults, "defaults")
+    _require_groups(saved.groups, groups, names)
+
+    def taken_over(options: dict[str, Any], read: dict[str, Any], where: str) -> dict[str, Any]:
+        found = {key: value for key, value in read.items() if key not in _checkpoint.NOT_OPTIONS}
+        try:
+            kept = _checkpoint.kept_lr(options, read, keep_lr)
+        except LookupError as problem:
+            refuse(f"its {where} {problem.args[0]}. Pass one: load(path, params, lr=...)")
+        # A file of format 1 may have no defaults: then they stay.
+        taken = {**options, **(DEFAULTS if read else {}), **found, **kept, **fixed_options}
+        _check_read(taken, where)
+        return taken
+
+    options = [
+        taken_over(group, read, f"param_groups[{i}]")
+        for i, (group, read) in enumerate(zip(groups, saved.groups, strict=True))
+    ]
+    new_defaults = taken_over(defaults, saved.defaults, "defaults")
 
     label = partial(_label, names, groups)
     kinds = core.kinds()
@@ -157,7 +173,9 @@ def _load(
     _require_checksums(saved, table, checksums, label)
     for index in np.flatnonzero((steps < 0) | (steps > _checkpoint.MAX_STEP))[:1].tolist():
         refuse(f"the step count of {label(index)} is {steps[index]}. {DAMAGED}")
-    core.set_state(steps.tolist(), streams, list(zip(groups, options, strict=True)))
+    counts = steps.tolist()
+    made = max(counts) if saved.steps is None else saved.steps
+    core.set_state(counts, streams, list(zip(groups, options, strict=True)), made)
     defaults.update(new_defaults)
 
 
@@ -320,17 +338,16 @@ def _what(tensor: str, label: Callable[[int], str]) -> str:
     return f"{moment} of {label(int(index))}"
 
 
-def _read_groups(
+def _require_groups(
     saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], names: _checkpoint.Names
-) -> list[dict[str, Any]]:
-    """The options of each group, after the comparison of groups, their sizes and names."""
+) -> None:
+    """As many, of these sizes, with these names."""
     found, count = len(saved_groups), len(groups)
     require(
         found == count,
         f"it has {found} parameter group{'s' * (found != 1)}, but params has {count}. Pass the params as the "
         'saved optimizer had them: for several groups, a list with a dict {"params": ...} for each',
     )
-    all_options = []
     first = 0
     for i, (saved, group, group_names) in enumerate(zip(saved_groups, groups, names, strict=True)):
         size = len(group["params"])
@@ -347,10 +364,6 @@ def _read_groups(
         if ids != list(range(first, first + size)) or not all(type(id) is int for id in ids):
             refuse(NO_CHECKPOINT)
         first += size
-        not_options = {"params", "param_names", *_checkpoint.TORCH_FLAGS}
-        options = {key: value for key, value in saved.items() if key not in not_options}
-        all_options.append({**group, **DEFAULTS, **options})
-    return all_options
 
 
 def _require_names(saved: list[Any], given: list[str], here: str) -> None:
@@ -381,9 +394,9 @@ def _require_names(saved: list[Any], given: list[str], here: str) -> None:
     refuse(f"its parameters have other names{here}: {'; '.join(problems)}. It is of another model")
 
 
-def _check_options(options: dict[str, Any], where: str) -> None:
+def _check_read(options: dict[str, Any], where: str) -> None:
     try:
-        _core.check_options(options, where)
+        _checkpoint.check_read(options, where)
     except (TypeError, ValueError) as error:
         refuse(f"it holds options that no optimizer has: {error} {DAMAGED}")
 

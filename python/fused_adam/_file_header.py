@@ -31,7 +31,7 @@ _ANY_CRC: Final = re.compile(_CRC_FIELD % b"([0-9a-f]{8})")
 _START: Final = '{"__metadata__":'
 # Whatever has a __float__ is taken for these.
 _REAL_OPTIONS: Final = tuple(
-    option.name for option in OPTIONS if option.kind in ("number", "fraction or None", "number or None")
+    option.name for option in OPTIONS if option.kind.startswith(("number", "fraction"))
 )
 
 DAMAGED: Final = "Use another copy of the file, or an older checkpoint"
@@ -45,6 +45,7 @@ class Refusal(Exception):
 class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
+    steps: int | None  # made so far; older files do not say
     streams: dict[str, Any] | None  # as _streams_as_json() makes it; format 1 had none
     # Texts, as Table makes them for the same arrays. Where they are what is expected, they need not be
     # parsed, which would take longer than all else for 100,000 arrays.
@@ -189,6 +190,12 @@ def read_header(file: BinaryIO, room: int) -> Header:
         unknown = [] if is_1 else unknown_features(_parse_list(metadata["requires"]))
         groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
+        steps = None
+        if "steps" in metadata:
+            if not re.fullmatch("[0-9]{1,19}", metadata["steps"]):
+                raise ValueError
+            steps = int(metadata["steps"])
+            require(steps <= _checkpoint.MAX_STEP, f"it counts {steps} steps. {DAMAGED}")
         params = None if is_1 else metadata["params"]
         streams = None if is_1 else _parse_dict(metadata["streams"])
         crc32 = metadata["crc32"]
@@ -203,7 +210,7 @@ def read_header(file: BinaryIO, room: int) -> Header:
         not unknown,
         f"it needs {shown(unknown)}, which fused-adam {_core.__version__} does not know. Upgrade it",
     )
-    return Header(groups, defaults, streams, params, crc32, table[1:-1], 8 + length)
+    return Header(groups, defaults, steps, streams, params, crc32, table[1:-1], 8 + length)
 
 
 def _require_version(version: str, writer: str) -> None:

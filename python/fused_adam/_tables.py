@@ -12,7 +12,7 @@ class Option(NamedTuple):
     """An option of a parameter group."""
 
     name: str
-    kind: str  # "number", "betas", "flag", "fraction or None", "number or None", "eps mode"
+    kind: str  # "number", "number or function", "betas", "flag", "fraction or None", "number or None", "eps mode"
     format: int  # of checkpoint files: the first one that knows it
     default: Any
 
@@ -32,6 +32,8 @@ OPTIONS: Final = tuple(Option(**row) for row in _core.option_table())
 STREAMS: Final = tuple(Stream(**row) for row in _core.stream_table())
 DEFAULTS: Final[Mapping[str, Any]] = {option.name: option.default for option in OPTIONS}
 LATER: Final = tuple(option.name for option in OPTIONS if option.format > 1)  # PyTorch has none of them
+# In a saved group whose rate was a function: how that was written. It is code, which no checkpoint holds.
+LR_SCHEDULE: Final = "lr_schedule"
 STATE: Final = tuple(stream.name for stream in STREAMS if stream.ours)
 
 
@@ -51,6 +53,7 @@ def features(groups: Iterable[Mapping[str, Any]], streams: Iterable[str]) -> lis
     """
     groups = list(groups)
     needed = [name for name in LATER if any(group.get(name) != DEFAULTS[name] for group in groups)]
+    needed += [LR_SCHEDULE] if any(callable(group["lr"]) for group in groups) else []
     present = set(streams)
     return needed + [stream.name for stream in STREAMS if stream.format > 1 and stream.name in present]
 
@@ -63,6 +66,7 @@ def used(options: Mapping[str, Any]) -> dict[str, Any]:
 # What options are called elsewhere.
 _ELSEWHERE: Final[Mapping[str, str]] = {
     **dict.fromkeys(("learning_rate", "learn_rate", "step_size", "alpha"), "lr"),
+    **dict.fromkeys((LR_SCHEDULE, "lr_scheduler", "schedule", "scheduler"), "lr"),
     **dict.fromkeys(("beta", "beta1", "beta2", "beta_1", "beta_2", "b1", "b2"), "betas"),
     **dict.fromkeys(("epsilon",), "eps"),
     **dict.fromkeys(("wd", "l2"), "weight_decay"),
@@ -98,5 +102,5 @@ def _meant_by(key: str) -> str | None:
 
 
 def unknown_features(required: Iterable[str]) -> list[str]:
-    known = [*DEFAULTS, *STATE]
+    known = [*DEFAULTS, *STATE, LR_SCHEDULE]
     return [feature for feature in required if feature not in known]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EpsMode: TypeAlias = Literal["outside", "hat", "root"]
 Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+LearningRate: TypeAlias = "float | Callable[[int], float]"
 # One array, or containers of arrays.
 Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
 # The same with None where a parameter has no gradient in this step.
@@ -54,8 +55,9 @@ class Adam:
         The arrays to train, updated in place: one array; lists, tuples and dicts of arrays, nested as
         you like; or parameter groups, a list of dicts with a key ``"params"`` and options of their own.
         Arrays are float32 or float64, in C or Fortran order, aligned, writeable, of native byte order.
-    lr : float, default 1e-3
-        Learning rate, >= 0.
+    lr : float or function, default 1e-3
+        Learning rate, >= 0. Or a function that gives it for the number of steps made before, from 0, as
+        those of :mod:`fused_adam.schedules`: each step asks it, with :attr:`steps`.
     betas : (float, float), default (0.9, 0.999)
         Decay rates of the averages of the gradient and of its square, in [0, 1).
     eps : float, default 1e-8
@@ -145,7 +147,7 @@ class Adam:
     def __init__(
         self,
         params: Params | Sequence[dict[str, Any]],
-        lr: float = 1e-3,
+        lr: LearningRate = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -162,7 +164,7 @@ class Adam:
         num_threads: int | None = None,
     ) -> None:
         self.defaults: dict[str, Any] = options_in(locals())
-        _core.check_options(self.defaults, "")
+        _core.check_options(self.defaults, "", 0)
         self.defaults["betas"] = tuple(betas)
         self.param_groups: list[dict[str, Any]] = []
         self._num_threads = num_threads
@@ -237,6 +239,15 @@ class Adam:
             grads, self.param_groups, zero_grad, grad_scale, max_norm, clip_value, skip_nonfinite
         )
         return PLAIN_STEP if report is None else StepInfo(*report)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made, those left out not counted: what a function for `lr` is called with.
+
+        Checkpoints have it. Loaded from one that does not, of PyTorch or of an older version, it is the largest
+        of the step counts of the parameters.
+        """
+        return self._core.steps
 
     @property
     def skipped_steps(self) -> int:
@@ -327,10 +338,13 @@ class Adam:
 
     @property
     def lr(self) -> float:
-        """The learning rate of all groups; setting it sets it in each."""
+        """The learning rate of all groups in the next step; setting it, a number or a function, sets it in each."""
+        steps = self.steps
+        rates = set()
         for i, group in enumerate(self._group_dicts()):
-            _core.check_options(group, f"param_groups[{i}]")
-        rates = {float(group["lr"]) for group in self.param_groups}
+            _core.check_options(group, f"param_groups[{i}]", steps)
+            lr = group["lr"]
+            rates.add(float(lr(steps) if callable(lr) else lr))
         if not rates:
             raise ValueError("the optimizer has no groups: its construction was refused.")
         if len(rates) > 1:
@@ -340,8 +354,8 @@ class Adam:
         return rates.pop()
 
     @lr.setter
-    def lr(self, lr: float) -> None:
-        _core.check_options({**self.defaults, "lr": lr}, "")
+    def lr(self, lr: LearningRate) -> None:
+        _core.check_options({**self.defaults, "lr": lr}, "", self.steps)
         for group in self._group_dicts():
             group["lr"] = lr
 
@@ -423,7 +437,8 @@ class Adam:
         -----
         ``torch.optim.Adam`` loads it once the arrays are tensors (``torch.from_numpy`` on each) and goes
         on with the same bits: the options say ``fused=True``, as these numbers are. But not where there is
-        a ``"requires"``, which it does not look at: it goes on without those options.
+        a ``"requires"``, which it does not look at: it goes on without those options, and with the rate of the
+        next step for all steps where `lr` is a function (``"lr_schedule"``).
         """
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
@@ -438,7 +453,8 @@ class Adam:
             From :meth:`state_dict`, or from ``torch.optim.Adam`` or ``AdamW`` (CPU tensors or arrays).
             The arrays are copied. A parameter without an entry starts afresh, and so does an average that it
             does not have. An option that it does not have is the default from then on; other keys of the
-            groups stay.
+            groups stay. A function for `lr` stays, too, and goes on where the saved one was; no checkpoint holds
+            one.
         keep_lr : bool, default False
             Keep the learning rates of this optimizer instead of those of the checkpoint.
 
@@ -446,7 +462,8 @@ class Adam:
         ------
         TypeError, ValueError
             Another number of groups or parameters, other names, shapes or dtypes, an option out of
-            range, something missing or unknown. Nothing has changed then.
+            range, something missing or unknown; a rate that was a function, where this one is a number.
+            Nothing has changed then.
         """
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
@@ -455,7 +472,7 @@ class Adam:
                 self.param_groups,
                 self._names(),
                 state_dict,
-                keep=("lr",) if keep_lr else (),
+                keep_lr=keep_lr,
                 fixed_options=self._fixed_options,
             )
 
@@ -514,6 +531,7 @@ class Adam:
         path: str | os.PathLike[str],
         params: Params | Sequence[dict[str, Any]],
         *,
+        lr: LearningRate | None = None,
         num_threads: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
@@ -526,7 +544,10 @@ class Adam:
         params : like the params of the saved optimizer
             The arrays to train, as they were when it was saved: nothing is written to them. Where it
             had several groups, a list with a dict ``{"params": ...}`` for each. Options in these dicts
-            do not count: those of the file do.
+            do not count, those of the file do; but for a function as ``"lr"``.
+        lr : float or function, optional
+            Learning rate from here on, in the place of what the file has; a group's own ``"lr"`` counts then.
+            Where the optimizer that was saved had a function, which is code and in no file, one has to be given.
         num_threads : int, optional
             As at construction.
         progress : function, optional
@@ -541,7 +562,8 @@ class Adam:
         ------
         CheckpointError
             A ValueError: the file is cut off, damaged by as little as one bit, no checkpoint, written
-            by a newer version, or of parameters with other names, shapes or dtypes.
+            by a newer version, of parameters with other names, shapes or dtypes, or of an optimizer with a
+            function for `lr` where none is given here.
         OSError
             The file cannot be read.
         TypeError, ValueError
@@ -549,10 +571,18 @@ class Adam:
         """
         from fused_adam import _file
 
-        opt = cls(params, num_threads=num_threads)
+        own = {} if lr is None else {"lr": lr}
+        opt = cls(params, **own, num_threads=num_threads)
         with _core.ExclusiveUse(opt._core):
             _file.load(
-                path, opt._core, opt.param_groups, opt._names(), cls._fixed_options, progress, opt.defaults
+                path,
+                opt._core,
+                opt.param_groups,
+                opt._names(),
+                cls._fixed_options,
+                progress,
+                opt.defaults,
+                keep_lr=lr is not None,
             )
         return opt
 
@@ -573,13 +603,14 @@ class Adam:
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
             for i, group in enumerate(self.param_groups):
-                _core.check_options(group, f"param_groups[{i}]")  # what is pickled must load
+                _core.check_options(group, f"param_groups[{i}]", 0)  # what is pickled must load
             saved = {
                 "trees": [
                     structure.unflatten(list(group["params"]))
                     for structure, group in zip(self._core.structures, self.param_groups, strict=True)
                 ],
                 "state": _checkpoint.copy_state(self._core),
+                "steps": self._core.steps,
                 "skipped_steps": self._core.skipped_steps,
             }
             state = {**self.__dict__, "_core": saved, "_grouped": self._core.grouped, "_grads": grads}
@@ -596,8 +627,9 @@ class Adam:
         for group, tree in zip(groups, saved["trees"], strict=True):
             self._add_group({**group, "params": tree}, grouped, frozen=True)
         with _core.ExclusiveUse(self._core):
-            _checkpoint.restore_state(self._core, self._core.kinds(), saved["state"], [])
-            self._core.skipped_steps = saved.get("skipped_steps", 0)  # which an older version did not have
+            # An older version did not have these numbers.
+            _checkpoint.restore_state(self._core, self._core.kinds(), saved["state"], [], saved.get("steps"))
+            self._core.skipped_steps = saved.get("skipped_steps", 0)
         self.grads = grads
 
     # --- private ---
@@ -620,7 +652,7 @@ class Adam:
             is_array = isinstance(value, np.ndarray) and value.size > 1
             if key != "params" and is_array and not frozen:
                 raise ValueError(f"{where}[{key!r}] is an array: arrays to train belong under 'params'.")
-        _core.check_options(options, where)
+        _core.check_options(options, where, self.steps)
         for key, value in self._fixed_options.items():
             if options[key] != value and not frozen:
                 raise ValueError(f"{where}[{key!r}] must be {value} in {type(self).__name__}. Use Adam.")

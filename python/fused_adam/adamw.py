@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from fused_adam._tables import options_in
-from fused_adam.adam import Adam, EpsMode, Params
+from fused_adam.adam import Adam, EpsMode, LearningRate, Params
 
 
 class AdamW(Adam):
@@ -35,7 +35,7 @@ class AdamW(Adam):
     def __init__(
         self,
         params: Params | Sequence[dict[str, Any]],
-        lr: float = 1e-3,
+        lr: LearningRate = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

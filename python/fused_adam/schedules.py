@@ -1,12 +1,15 @@
-"""Learning rates as functions of a count of steps, from 0: ``opt.lr = schedule(step)`` before each step.
+"""Learning rates as functions of a count of steps, from 0: ``Adam(params, lr=schedule)``.
 
 They are plain values: they compare, pickle and print, and a call depends on nothing but its argument. A count
-beyond the end of a schedule gives its last rate.
+beyond the end of a schedule gives its last rate. A function of your own does as well.
 
->>> from fused_adam import schedules
->>> schedule = schedules.WarmupCosine(1e-3, warmup=2, steps=6)
->>> [round(schedule(step), 6) for step in range(7)]
-[0.0, 0.0005, 0.001, 0.000854, 0.0005, 0.000146, 0.0]
+>>> import numpy as np
+>>> from fused_adam import Adam, schedules
+>>> opt = Adam(np.ones(2), lr=schedules.WarmupCosine(1e-3, warmup=2, steps=6))
+>>> for _ in range(7):
+...     print(round(opt.lr, 6), end=" ")
+...     info = opt.step(np.ones(2))
+0.0 0.0005 0.001 0.000854 0.0005 0.000146 0.0
 """
 
 from __future__ import annotations
