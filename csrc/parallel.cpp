@@ -69,7 +69,7 @@ class StallWatch {
   // All in ns.
   static constexpr int64_t kStall = 100'000, kLongestPause = 4'000'000'000;
   std::atomic<int64_t> alone_until_{0};
-  std::atomic<int64_t> pause_{0};                  // the last one
+  std::atomic<int64_t> pause_{0};                 // the last one
   std::atomic<int64_t> together_{kLongestPause};  // in steps with helpers, since the last stall
 };
 

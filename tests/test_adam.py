@@ -916,15 +916,15 @@ def test_the_core_itself_knows_how_many_params_there_are() -> None:
         with pytest.raises(IndexError):
             call(2)
     moments = opt._core.all_state()["exp_avg"]
-    opt._core.set_state([1, 2], {"exp_avg": moments}, [])
+    opt._core.set_state([1, 2], {"exp_avg": moments}, [], 0)
     for steps, arrays in ([1], moments), ([1, 2, 3], moments), ([1, 2], moments[:1]), ([1, 2], moments * 2):
         with pytest.raises(ValueError, match="another number of parameters"):
-            opt._core.set_state(steps, {"exp_avg": arrays}, [])
+            opt._core.set_state(steps, {"exp_avg": arrays}, [], 0)
     for wrong in (np.ones(2), np.ones((3, 1)), np.ones(3, np.float32), np.ones(6)[::2]):
         with pytest.raises(ValueError, match="new state of params\\[0\\]"):
-            opt._core.set_state([3, 4], {"exp_avg": [wrong, None]}, [])
+            opt._core.set_state([3, 4], {"exp_avg": [wrong, None]}, [], 0)
     with pytest.raises(ValueError, match="no optimizer has a stream"):
-        opt._core.set_state([3, 4], {"grad": [None, None]}, [])
+        opt._core.set_state([3, 4], {"grad": [None, None]}, [], 0)
     assert [entry["step"] for entry in opt.state.values()] == [1, 2]
 
 
@@ -932,8 +932,8 @@ def test_the_core_itself_knows_whether_gradients_are_grouped() -> None:
     """Two groups without grouped gradients would be a read behind the end of the gradients."""
     opt = Adam(np.ones(3))
     group = {**opt.defaults, "params": None}
-    with pytest.raises(RuntimeError, match="several groups need grouped gradients"):
-        opt._core.add_group(opt.param_groups, group, _core.Structure(np.ones(2)), False, False)
+    with pytest.raises(RuntimeError, match="several trees need grouped gradients"):
+        opt._core.add_tree(opt.param_groups, _core.Structure(np.ones(2)), [(group, [0])], False, False)
     assert len(opt.param_groups) == len(opt.state) == 1
     opt.step(np.ones(3))
 

@@ -62,7 +62,7 @@ KILLER = """
         del state["step"]
         for array in state["exp_avg"] + state["exp_avg_sq"]:
             array[...] = version
-        opt._core.set_state([version] * len(params), state, [])
+        opt._core.set_state([version] * len(params), state, [], version)
 
     def version_in_file():
         twin = Adam.load(path, params)

@@ -17,7 +17,6 @@ import pytest
 import fused_adam
 from cases import assert_same_bits
 from fused_adam import Adam, AdamW, adam_step
-from fused_adam._tables import LATER
 
 EPOCHS = 60
 
@@ -463,14 +462,6 @@ def test_torch_module_has_the_bits_of_torch(torch):
     for name, expected in numpy_views(theirs).items():
         assert_same_bits(numpy_views(ours)[name], expected)
         assert_same_bits(numpy_views(continued)[name], expected)
-
-
-def test_torch_has_our_names_and_defaults(torch):
-    for ours, theirs in ((Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)):
-        defaults = inspect.signature(theirs).parameters
-        for name, parameter in inspect.signature(ours).parameters.items():
-            if name not in ("num_threads", *LATER):
-                assert defaults[name].default == parameter.default
 
 
 # --- memory-mapped files ---

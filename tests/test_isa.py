@@ -43,8 +43,10 @@ KNOWN_ISAS = sorted({*ISAS_OF_THE_BUILD, *_core.compiled_isas()})
 
 
 def random_options(rng):
+    not_negative = lambda: float(rng.choice([0.0, 10 ** rng.uniform(-6, 0)]))  # noqa: E731
     kinds = {
-        "number": lambda: float(rng.choice([0.0, 10 ** rng.uniform(-6, 0)])),
+        "number": not_negative,
+        "number or function": not_negative,
         "betas": lambda: (float(rng.choice([0.0, rng.uniform(), 0.9])), float(1 - 10 ** rng.uniform(-7, 0))),
         "flag": lambda: bool(rng.integers(2)),
         "fraction or None": lambda: rng.choice([None, 0.3, 0.999]),

@@ -81,7 +81,10 @@ def test_lr_shows_the_rate_of_the_next_step() -> None:
 def test_groups_have_functions_of_their_own_and_one_count() -> None:
     w, b, late = np.zeros(1), np.zeros(1), np.zeros(1)
     opt = Adam(
-        [{"params": w}, {"params": b, "lr": LinearWarmup(1.0, 4)}], lr=lambda k: 2.0**-k, betas=(0.0, 0.0), eps=0
+        [{"params": w}, {"params": b, "lr": LinearWarmup(1.0, 4)}],
+        lr=lambda k: 2.0**-k,
+        betas=(0.0, 0.0),
+        eps=0,
     )
     ones = [np.ones(1)] * 2
     opt.step(ones)
@@ -230,8 +233,9 @@ def test_files_with_a_function_ask_for_it(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError) as raised:
         AdamW.load(tmp_path / "a", params)
     assert str(raised.value) == (
-        f"{tmp_path / 'a'}: its param_groups[0] was saved with a schedule as lr, WarmupCosine(lr=0.5, warmup=3, "
-        "steps=12, start=0.0, end=0.01), which is code and in no checkpoint. Pass one: load(path, params, lr=...)."
+        f"{tmp_path / 'a'}: its param_groups[0] was saved with a schedule as lr, WarmupCosine(lr=0.5, "
+        "warmup=3, steps=12, start=0.0, end=0.01), which is code and in no checkpoint. Pass one: "
+        "load(path, params, lr=...)."
     )
     assert AdamW.load(tmp_path / "a", params, lr=0.25).lr == 0.25
     in_group = AdamW.load(tmp_path / "a", [{"params": params, "lr": Cosine(0.5, 10)}], lr=0.25)
@@ -266,11 +270,11 @@ def test_state_dict_with_a_function() -> None:
     for step in range(4):
         opt.step(grads(step))
     saved = opt.state_dict()
-    assert saved["requires"] == ["lr_schedule"] and saved["steps"] == 4
+    assert saved["requires"] == ["lr_schedule"]
     assert saved["param_groups"][0]["lr"] == SCHEDULE(4)
     assert saved["param_groups"][0]["lr_schedule"] == repr(SCHEDULE)
     new = AdamW(params, lr=0.125)
-    with pytest.raises(ValueError, match="Give this optimizer one, or pass keep_lr=True. Nothing was loaded"):
+    with pytest.raises(ValueError, match="Give this optimizer one, or pass keep_lr=True"):
         new.load_state_dict(saved)
     assert new.steps == 0 and new.state[0]["step"] == 0
     new.load_state_dict(saved, keep_lr=True)
@@ -289,7 +293,7 @@ def test_text_of_a_function_is_the_same_in_each_process() -> None:
 
 @pytest.mark.parametrize("steps", [-1, 1.5, "4", None, True, 2**63, np.ones(2)])
 def test_bad_place(steps: Any) -> None:
-    params, opt = by_hand(1)
+    opt = by_hand(1)[1]
     with pytest.raises((TypeError, ValueError), match=r"state_dict\['steps'\] must be"):
         opt.load_state_dict({**opt.state_dict(), "steps": steps})
 
@@ -298,8 +302,9 @@ def test_checkpoints_without_a_place() -> None:
     """Of PyTorch, or of an older version."""
     opt = by_hand(4)[1]
     opt.step({"w": np.ones((3, 2), np.float32), "b": None})
+    opt.step({"w": None, "b": np.ones(2)})
     saved = opt.state_dict()
-    del saved["steps"]
+    assert saved.pop("steps") == 6
     new = AdamW(copied(), lr=SCHEDULE)
     new.load_state_dict(saved)
     assert new.steps == 5
@@ -311,7 +316,8 @@ def test_torch_goes_on_with_the_rate_of_the_next_step() -> None:
     opt.step([np.ones(2)])
     saved = opt.state_dict()
     saved["state"] = {
-        i: {key: torch.from_numpy(value) for key, value in entry.items()} for i, entry in saved["state"].items()
+        i: {key: torch.from_numpy(value) for key, value in entry.items()}
+        for i, entry in saved["state"].items()
     }
     theirs = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
     theirs.load_state_dict(saved)

@@ -26,6 +26,7 @@ not_negative = st.floats(0, allow_infinity=False) | st.sampled_from([0.0, 1e-8, 
 betas = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.999])
 kinds = {
     "number": not_negative,
+    "number or function": not_negative,
     "betas": st.tuples(betas, betas),
     "flag": st.booleans(),
     "fraction or None": st.none() | betas,

@@ -30,25 +30,20 @@ py::list Optimizer::averages(py::handle param_groups) {
   read_groups(param_groups);
   require_averages();
   add_missing(wanted_by_options());
-  py::list all;
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    py::list views;
-    for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
-      Slot& slot = slots_[i];
-      if (!hypers_[g].keeps_ema()) {
-        views.append(py::none());
-        continue;
-      }
-      if (!slot.has_values(kEma)) {
-        check_layout(slot);
-        const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
-        memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
-      }
-      views.append(fresh_view(slot.array(kEma)));
+  std::vector<py::object> views;
+  for (Slot& slot : slots_) {
+    if (!hypers_[slot.group].keeps_ema()) {
+      views.push_back(py::none());
+      continue;
     }
-    all.append(views);
+    if (!slot.has_values(kEma)) {
+      check_layout(slot);
+      const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
+      memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
+    }
+    views.push_back(fresh_view(slot.array(kEma)));
   }
-  return all;
+  return unflatten(views, 0);
 }
 
 void Optimizer::use_averages(py::handle param_groups) {

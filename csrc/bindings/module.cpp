@@ -113,7 +113,7 @@ void bind(py::module_& m) {
                                }
                                return names;
                              })
-      .def_property_readonly("named", &Structure::named);
+      .def_property_readonly("leaves", &Structure::leaves);
 
   py::class_<Optimizer> optimizer(m, "Optimizer");
   add_fast_method<Optimizer, 4 + kOverrides, step>(optimizer, "step");
@@ -121,11 +121,13 @@ void bind(py::module_& m) {
       .def("__len__", &Optimizer::size)
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)
-      .def_property_readonly("structures", &Optimizer::structures)
+      .def_property_readonly("trees", &Optimizer::trees)
+      .def_property_readonly("groups", &Optimizer::groups)
+      .def_property_readonly("names", &Optimizer::names)
       .def_property_readonly("steps", &Optimizer::steps)
       .def_property("skipped_steps", &Optimizer::skipped_steps, &Optimizer::set_skipped_steps)
-      .def("add_group", &Optimizer::add_group, py::arg("param_groups"), py::arg("group"),
-           py::arg("structure"), py::arg("grouped"), py::arg("frozen"))
+      .def("add_tree", &Optimizer::add_tree, py::arg("param_groups"), py::arg("structure"),
+           py::arg("new_groups"), py::arg("grouped"), py::arg("frozen"))
       .def("check_groups", &Optimizer::check_groups, py::arg("param_groups"))
       .def("zero", &Optimizer::zero, py::arg("grads"))
       .def("accumulate", &Optimizer::accumulate, py::arg("sums"), py::arg("grads"))
@@ -136,7 +138,9 @@ void bind(py::module_& m) {
       .def("make_wanted_streams", &Optimizer::make_wanted_streams, py::arg("param_groups"))
       .def("set_state", &Optimizer::set_state, py::arg("step_counts"), py::arg("streams"),
            py::arg("new_options"), py::arg("steps"))
-      .def("new_grads", &Optimizer::new_grads, py::arg("group"))
+      .def("params", &Optimizer::params)
+      .def("members", &Optimizer::members)
+      .def("new_grads", &Optimizer::new_grads, py::arg("first_tree"))
       .def("averages", &Optimizer::averages, py::arg("param_groups"));
 
   py::class_<ExclusiveUse>(m, "ExclusiveUse")

@@ -22,136 +22,22 @@ bool is_param(int64_t owner) { return owner % kStreams == kParam; }
 
 const char* role_of(int64_t owner) { return is_param(owner) ? "" : "the state of "; }
 
-// Makes the streams that these slots do not have, of those that each needs, a bit for each. All of
-// them or none. The lock is held only while nothing can run code of Python, which might want it
-// too: making an array may collect garbage.
-void give_missing(std::vector<Slot>& slots, std::mutex& mutex,
-                  const std::vector<unsigned>& wanted) {
-  std::vector<std::pair<Slot*, Stream>> places;
-  std::vector<NewArray> arrays;
-  for (size_t i = 0; i < slots.size(); ++i) {
-    const unsigned missing = slots[i].missing(wanted[i]);
-    for (int stream = 0; missing >> stream != 0; ++stream) {
-      if ((missing >> stream & 1u) == 0) continue;
-      places.emplace_back(&slots[i], static_cast<Stream>(stream));
-      arrays.push_back(slots[i].new_array(static_cast<Stream>(stream)));
-    }
-  }
-  if (arrays.empty()) return;
-  std::vector<py::object> made = new_arrays(arrays);
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (size_t i = 0; i < made.size(); ++i)
-    places[i].first->set(places[i].second, std::move(made[i]));
-}
-
 }  // namespace
 
 Optimizer::Optimizer(const std::string& isa, const Threads& threads)
     : isa_(isa_by_name(isa)), threads_(threads), params_key_("params") {}
 
 Place Optimizer::place(const char* role, const Slot& slot) const {
-  return place_in(groups_[slot.group], role, slot.leaf);
+  return place_in(trees_[slot.tree], role, slot.leaf);
 }
 
-Place Optimizer::place_in(const Group& group, const char* role, size_t leaf) {
-  return {role, group.root, group.structure->paths()[leaf]};
-}
-
-size_t Optimizer::size() const {
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  return slots_.size();
-}
-
-std::vector<std::shared_ptr<const Structure>> Optimizer::structures() const {
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  std::vector<std::shared_ptr<const Structure>> all;
-  for (const Group& group : groups_) all.push_back(group.structure);
-  return all;
-}
-
-// --- Groups ------------------------------------------------------------------------------------
-
-void Optimizer::add_group(const py::object& param_groups, const py::dict& options,
-                          std::shared_ptr<const Structure> structure, bool grouped, bool frozen) {
-  const Exclusive exclusive(use_);
-  check_groups(param_groups);
-  const size_t count = structure->size(), first = slots_.size(), index = groups_.size();
-  const std::string name = "param_groups[" + std::to_string(index) + "]";
-  // What messages call the params: an expression on what the caller passed.
-  const std::string root = grouped ? name + "['params']" : "params";
-  if (count == 0) throw py::value_error(root + " has no arrays to train.");
-  if (!grouped && index > 0) throw std::logic_error("several groups need grouped gradients");
-  const HyperParameters hyper = reader_.read(options, name, steps_);
-
-  py::tuple params(count);
-  for (size_t i = 0; i < count; ++i) params[i] = structure->leaves()[i];
-  Group group = {std::move(structure), params, root, name, first, count};
-  std::vector<Slot> added;
-  added.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Place here = place_in(group, "", i);
-    added.emplace_back(params[i], here, index, i);
-    if (!frozen) {
-      require_writeable(params[i], here, "is to be updated in place. Use a.setflags(write=True).");
-    }
-  }
-  // Refuses params that overlap, before memory is spent on their state, which overlaps nothing.
-  memory_is_indexed_ = false;
-  WrittenMemory memory;
-  list_memory(memory, added, &group);
-  give_missing(added, slots_mutex_, std::vector<unsigned>(count, wanted_streams(hyper)));
-  list_memory(memory, added, &group);
-
-  {
-    const std::lock_guard<std::mutex> lock(slots_mutex_);
-    slots_.reserve(first + count);
-    groups_.reserve(index + 1);
-  }
-  options[params_key_] = params;
-  py::reinterpret_borrow<py::list>(param_groups).append(options);
-  // From here on nothing can fail, and no code of Python runs.
-  const std::lock_guard<std::mutex> lock(slots_mutex_);
-  std::move(added.begin(), added.end(), std::back_inserter(slots_));
-  groups_.push_back(std::move(group));
-  memory_ = std::move(memory);
-  memory_is_indexed_ = true;
-  grouped_ = grouped;
-}
-
-void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const {
-  if (!PyList_Check(param_groups.ptr())) {
-    throw py::type_error("param_groups must be a list, got " +
-                         std::string(Py_TYPE(param_groups.ptr())->tp_name) + ".");
-  }
-  if (sequence_size(param_groups) != groups_.size()) {
-    throw py::value_error("param_groups has " + std::to_string(sequence_size(param_groups)) +
-                          " groups, but the optimizer was given " + std::to_string(groups_.size()) +
-                          ". Use add_param_group to add one.");
-  }
-  for (size_t i = 0; i < groups_.size(); ++i) {
-    const py::object entry = sequence_item(param_groups, i);
-    if (!PyDict_Check(entry.ptr())) throw py::type_error(groups_[i].name + " must be a dict.");
-    if (!dict_item(entry, params_key_).is(groups_[i].params)) {
-      throw py::value_error(groups_[i].name +
-                            "['params'] was replaced; the arrays of a group are fixed. Use " +
-                            "add_param_group, or make a new optimizer.");
-    }
-    dicts.push_back(py::reinterpret_borrow<py::dict>(entry));
-  }
-}
-
-void Optimizer::read_groups(py::handle param_groups) {
-  dicts_.clear();
-  hypers_.clear();
-  groups_in(param_groups, dicts_);
-  for (size_t i = 0; i < dicts_.size(); ++i) {
-    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, steps_));
-  }
+Place Optimizer::place_in(const Tree& tree, const char* role, size_t leaf) {
+  return {role, tree.root, tree.structure->paths()[leaf]};
 }
 
 // --- Memory ------------------------------------------------------------------------------------
 
-void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group* group) {
+void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Tree* tree) {
   memory.clear();
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].add_to(memory, owner_of(i));
   for (size_t i = 0; i < added.size(); ++i) added[i].add_to(memory, owner_of(slots_.size() + i));
@@ -162,8 +48,7 @@ void Optimizer::list_memory(WrittenMemory& memory, std::vector<Slot>& added, con
     return i < slots_.size() ? slots_[i] : added[i - slots_.size()];
   };
   const auto text = [&](int64_t owner) {
-    const size_t i = slot_of(owner);
-    const Group& of = i < slots_.size() ? groups_[slots_[i].group] : *group;
+    const Tree& of = slot_of(owner) < slots_.size() ? trees_[slot(owner).tree] : *tree;
     return place_in(of, role_of(owner), slot(owner).leaf).str();
   };
   const bool same = is_param(a) && is_param(b) && slot(a).param().is(slot(b).param());
@@ -251,29 +136,6 @@ void Optimizer::check_grads_are_writeable(const char* role, const char* why_writ
   const auto text = [&](int64_t i) { return place(role, slots_[static_cast<size_t>(i)]).str(); };
   throw py::value_error(text(b) + " shares memory with " + text(a) + ", and " + why_alone +
                         " Pass a copy.");
-}
-
-void Optimizer::flatten_grads(py::handle tree, const char* root,
-                              std::vector<py::object>& grads) const {
-  grads.clear();
-  if (!grouped_) {
-    for (const Group& group : groups_) group.structure->flatten(tree, root, grads);
-    return;
-  }
-  const std::string expected = std::string(root) + ": expected ";
-  const std::string count = std::to_string(groups_.size()) + " param groups, got ";
-  if (!PyList_Check(tree.ptr()) && !PyTuple_Check(tree.ptr())) {
-    throw py::value_error(expected + "a list with an entry for each of the " + count +
-                          Py_TYPE(tree.ptr())->tp_name + ".");
-  }
-  if (sequence_size(tree) != groups_.size()) {
-    throw py::value_error(expected + "an entry for each of the " + count +
-                          std::to_string(sequence_size(tree)) + ".");
-  }
-  for (size_t i = 0; i < groups_.size(); ++i) {
-    const py::object entry = sequence_item(tree, i);
-    groups_[i].structure->flatten(entry, std::string(root) + "[" + std::to_string(i) + "]", grads);
-  }
 }
 
 // One pass over all arrays, since what a step knows of 1000 arrays no longer fits the first cache.

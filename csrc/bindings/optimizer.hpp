@@ -25,15 +25,17 @@ class Optimizer {
  public:
   Optimizer(const std::string& isa, const Threads& threads);
 
-  // Takes the arrays of a group, makes their state, and appends the group to the caller's list,
-  // with the arrays as a flat tuple under "params". grouped: from now on gradients come as a list
-  // with an entry for each group. Read-only arrays only where some may be frozen, as in the copy of
+  // Takes a tree of arrays and makes their state. new_groups: the options of each group that it is
+  // divided into, mostly one, and which leaves are in it. They are appended to the caller's list,
+  // with their arrays as a flat tuple under "params". grouped: from now on gradients come as a list
+  // with an entry for each tree. Read-only arrays only where some may be frozen, as in the copy of
   // an optimizer.
   //
   // All of it or nothing, whatever interrupts it: no code of Python runs once something has
   // changed. That is why it takes exclusive use here, not in Python.
-  void add_group(const py::object& param_groups, const py::dict& options,
-                 std::shared_ptr<const Structure> structure, bool grouped, bool frozen);
+  void add_tree(const py::object& param_groups, std::shared_ptr<const Structure> structure,
+                const std::vector<std::pair<py::dict, std::vector<size_t>>>& new_groups,
+                bool grouped, bool frozen);
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their
   // params. Needs exclusive use.
@@ -42,7 +44,7 @@ class Optimizer {
     groups_in(param_groups, dicts);
   }
 
-  // One step. grads is like params or, if grouped(), a sequence with an entry for each group.
+  // One step. grads is like params or, if grouped(), a sequence with an entry for each tree.
   // overrides: for this step, in the place of the options of all groups.
   StepReport step(py::handle grads, py::handle param_groups, bool zero_grad, double grad_scale,
                   const OptionOverrides& overrides);
@@ -57,10 +59,13 @@ class Optimizer {
   // Fills gradients with zeros, after the checks of a step.
   void zero(py::handle grads);
 
+  // How many there are. Parameters are counted over all groups, in their order.
   size_t size() const;
+  size_t trees() const;
+  size_t groups() const;
   bool grouped() const { return grouped_; }
-  // Of each group, in order.
-  std::vector<std::shared_ptr<const Structure>> structures() const;
+  // A list for each group: the names of its parameters, or None where they have none.
+  py::list names() const;
   const char* isa() const { return isa_.name; }
 
   // {"step": int, "exp_avg": array, ...}: views of each stream of ours that has values.
@@ -83,10 +88,13 @@ class Optimizer {
   void set_state(const std::vector<int64_t>& step_counts, const py::dict& streams,
                  const std::vector<std::pair<py::dict, py::dict>>& new_options, int64_t steps);
 
-  // Buffers for the gradients of a group.
-  py::list new_grads(size_t group) const;
+  // The parameters as trees; for each tree, a list of the leaves of each of its groups; buffers for
+  // the gradients of the trees from this one on.
+  py::list params() const;
+  py::list members() const;
+  py::list new_grads(size_t first_tree) const;
 
-  // The averages of each group's parameters, as views; None in the place of those of a group that
+  // The averages of the parameters, as trees of views; None in the place of those of a group that
   // keeps none. One that has not begun is a copy of its param. ValueError where no group keeps any.
   py::list averages(py::handle param_groups);
   // Exchanges every parameter of these groups with its average. Until they are exchanged back, the
@@ -98,25 +106,39 @@ class Optimizer {
   std::atomic<Use>& use() { return use_; }
 
  private:
-  struct Group {
+  static constexpr size_t kNoSlot = static_cast<size_t>(-1);
+
+  // What the caller gave as one.
+  struct Tree {
     std::shared_ptr<const Structure> structure;
+    std::string root;  // "params"
+    size_t first;      // of its slots, as many as it has leaves
+    // Of each leaf, its slot from there on; empty where that is the order of the leaves.
+    std::vector<size_t> order;
+  };
+  // Parameters of one tree with the same options.
+  struct Group {
     py::tuple params;
-    std::string root, name;  // "params", "param_groups[0]"
-    size_t first, count;     // its slots
+    std::string name;     // "param_groups[0]"
+    size_t first, count;  // its slots
   };
   class StepScope;
 
   Place place(const char* role, const Slot& slot) const;
-  static Place place_in(const Group& group, const char* role, size_t leaf);
-  // Lists all that may be written, with slots of a group that is being added, if any; ValueError
+  static Place place_in(const Tree& tree, const char* role, size_t leaf);
+  // Lists all that may be written, with slots of a tree that is being added, if any; ValueError
   // where two of their arrays overlap.
-  void list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Group* group);
+  void list_memory(WrittenMemory& memory, std::vector<Slot>& added, const Tree* tree);
   void index_memory();
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
   // The checked dicts and their options into dicts_ and hypers_.
   void read_groups(py::handle param_groups);
-  void flatten_grads(py::handle tree, const char* root, std::vector<py::object>& grads) const;
+  // Arrays in the structure of the parameters, one for each slot.
+  void flatten_grads(py::handle grads, const char* root, std::vector<py::object>& of_slot) const;
+  void flatten_grads(const Tree& tree, py::handle grads, const std::string& root,
+                     std::vector<py::object>& of_slot) const;
+  py::list unflatten(const std::vector<py::object>& of_slot, size_t first_tree) const;
   void check_layout(Slot& slot);
   void check_param(Slot& slot);
   // role: what messages call it, before the name of its param.
@@ -136,10 +158,11 @@ class Optimizer {
   const Threads threads_;
   const OptionReader reader_;
   const py::str params_key_;
-  // Of changes to slots_ and groups_, other than by steps, against those that read without
+  // Of changes to slots_, groups_ and trees_, other than by steps, against those that read without
   // exclusive use.
   mutable std::mutex slots_mutex_;
   std::vector<Slot> slots_;
+  std::vector<Tree> trees_;
   std::vector<Group> groups_;
   std::atomic<bool> grouped_{false};
   std::atomic<int64_t> steps_{0}, skipped_steps_{0};

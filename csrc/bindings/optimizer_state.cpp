@@ -169,15 +169,4 @@ void Optimizer::set_state(const std::vector<int64_t>& step_counts, const py::dic
   }
 }
 
-py::list Optimizer::new_grads(size_t group) const {
-  const Group& of = groups_.at(group);
-  std::vector<NewArray> wanted;
-  for (size_t i = of.first; i < of.first + of.count; ++i) {
-    wanted.push_back(slots_[i].new_array(kGrad));
-  }
-  py::list grads;
-  for (const py::object& grad : new_arrays(wanted)) grads.append(fresh_view(grad));
-  return grads;
-}
-
 }  // namespace fused_adam

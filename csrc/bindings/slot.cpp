@@ -4,8 +4,9 @@
 
 namespace fused_adam {
 
-Slot::Slot(py::object param, const Place& place, size_t group_index, size_t leaf_index)
-    : group(group_index), leaf(leaf_index), layout_(array_facts(param, place)) {
+Slot::Slot(py::object param, const Place& place, size_t group_index, size_t tree_index,
+           size_t leaf_index)
+    : group(group_index), tree(tree_index), leaf(leaf_index), layout_(array_facts(param, place)) {
   shape_.assign(layout_.shape, layout_.shape + layout_.nd);
   layout_.shape = shape_.data();  // of our own, which stays where it is when a slot moves
   set(kParam, std::move(param));
@@ -45,6 +46,25 @@ void Slot::add_to(WrittenMemory& memory, int64_t owner) {
         {data, bytes_of(info.stream, layout_.dtype, layout_.size), is_param && layout_.mapped},
         owner + info.stream);
   }
+}
+
+void give_missing(std::vector<Slot>& slots, std::mutex& mutex,
+                  const std::vector<unsigned>& wanted) {
+  std::vector<std::pair<Slot*, Stream>> places;
+  std::vector<NewArray> arrays;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const unsigned missing = slots[i].missing(wanted[i]);
+    for (int stream = 0; missing >> stream != 0; ++stream) {
+      if ((missing >> stream & 1u) == 0) continue;
+      places.emplace_back(&slots[i], static_cast<Stream>(stream));
+      arrays.push_back(slots[i].new_array(static_cast<Stream>(stream)));
+    }
+  }
+  if (arrays.empty()) return;
+  std::vector<py::object> made = new_arrays(arrays);
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (size_t i = 0; i < made.size(); ++i)
+    places[i].first->set(places[i].second, std::move(made[i]));
 }
 
 }  // namespace fused_adam

@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,8 +21,8 @@ namespace py = pybind11;
 
 class Slot {
  public:
-  // group, leaf: where its path stands. TypeError or ValueError where param is not taken.
-  Slot(py::object param, const Place& place, size_t group, size_t leaf);
+  // tree, leaf: where its path stands. TypeError or ValueError where param is not taken.
+  Slot(py::object param, const Place& place, size_t group, size_t tree, size_t leaf);
 
   py::handle param() const { return arrays_[kParam]; }
   // What param was when it was taken: what it is now has to be the same.
@@ -53,7 +54,7 @@ class Slot {
   const void* listed_data = nullptr;  // of param, by the last add_to
   size_t grad_hint = 0;               // for WrittenMemory::owner_of_overlap
   bool holds_average = false;         // param, whose values are in its average meanwhile
-  size_t group, leaf;
+  size_t group, tree, leaf;
 
  private:
   unsigned missing_values() const { return ~present_ | awaited_; }
@@ -63,5 +64,10 @@ class Slot {
   py::object arrays_[kStreams];  // null where there is none; no grad
   std::vector<py::ssize_t> shape_;
 };
+
+// Makes the streams that these slots do not have, of those that each needs, a bit for each. All of
+// them or none. The lock is held only while nothing can run code of Python, which might want it
+// too: making an array may collect garbage.
+void give_missing(std::vector<Slot>& slots, std::mutex& mutex, const std::vector<unsigned>& wanted);
 
 }  // namespace fused_adam

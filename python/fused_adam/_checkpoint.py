@@ -33,7 +33,9 @@ def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names
     param_groups = saved_groups(groups, names, core.steps)
     core.make_wanted_streams(groups)  # those of options that were switched on, and not stepped since
     state = dict(enumerate(copy_state(core)))
-    saved: dict[str, Any] = {"state": state, "param_groups": param_groups, "steps": core.steps}
+    saved: dict[str, Any] = {"state": state, "param_groups": param_groups}
+    if core.steps != most_steps(entry["step"] for entry in state.values()):
+        saved["steps"] = core.steps
     required = features(groups, {name for entry in state.values() for name in entry})
     return {**saved, "requires": required} if required else saved
 
@@ -75,9 +77,8 @@ def kept_lr(options: Mapping[str, Any], saved: Mapping[str, Any], keep_lr: bool)
     if keep_lr or callable(options["lr"]):
         return {"lr": options["lr"]}
     if LR_SCHEDULE in saved:
-        raise LookupError(
-            f"was saved with a schedule as lr, {saved[LR_SCHEDULE]!s:.200}, which is code and in no checkpoint"
-        )
+        written = f"{saved[LR_SCHEDULE]!s:.200}"
+        raise LookupError(f"was saved with a schedule as lr, {written}, which is code and in no checkpoint")
     return {}
 
 
@@ -93,6 +94,11 @@ def copy_state(core: _core.Optimizer) -> list[Entry]:
         {name: np.array(value, np.int64 if name == "step" else None) for name, value in entry.items()}
         for entry in live
     ]
+
+
+def most_steps(counts: Iterable[Any]) -> int:
+    """How many steps were made, by the counts of the parameters: more, if never all took part."""
+    return max((int(count) for count in counts), default=0)
 
 
 def restore_state(
@@ -116,7 +122,7 @@ def restore_state(
         for name in STATE
     }
     counts = [int(entry["step"]) for entry in entries]
-    core.set_state(counts, arrays, list(new_options), max(counts) if steps is None else steps)
+    core.set_state(counts, arrays, list(new_options), most_steps(counts) if steps is None else steps)
 
 
 def load_state_dict(
@@ -142,7 +148,7 @@ def load_state_dict(
     _require(isinstance(saved_state, Mapping), "state_dict['state'] must be a dict", TypeError)
     _require(
         len(groups_read) == len(groups),
-        f"state_dict has {len(groups_read)} param groups, the optimizer has {len(groups)}",
+        f"state_dict has {len(groups_read)} param groups, the optimizer has {len(groups)} (no_decay makes one)",
     )
 
     steps = None if "steps" not in checkpoint else _read_step(checkpoint["steps"], "state_dict['steps']")

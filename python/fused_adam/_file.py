@@ -174,7 +174,7 @@ def _load(
     for index in np.flatnonzero((steps < 0) | (steps > _checkpoint.MAX_STEP))[:1].tolist():
         refuse(f"the step count of {label(index)} is {steps[index]}. {DAMAGED}")
     counts = steps.tolist()
-    made = max(counts) if saved.steps is None else saved.steps
+    made = _checkpoint.most_steps(counts) if saved.steps is None else saved.steps
     core.set_state(counts, streams, list(zip(groups, options, strict=True)), made)
     defaults.update(new_defaults)
 
@@ -346,7 +346,8 @@ def _require_groups(
     require(
         found == count,
         f"it has {found} parameter group{'s' * (found != 1)}, but params has {count}. Pass the params as the "
-        'saved optimizer had them: for several groups, a list with a dict {"params": ...} for each',
+        'saved optimizer had them: for several groups, a list with a dict {"params": ...} for each, and its '
+        "no_decay, which makes groups, too",
     )
     first = 0
     for i, (saved, group, group_names) in enumerate(zip(saved_groups, groups, names, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
 
     def __init__(self, core: _core.Optimizer) -> None:
         self._core = core
-        self._named: tuple[int, dict[str, list[int]]] = (0, {})  # of how many groups, and their names
+        self._named: tuple[int, dict[str, list[int]]] = (0, {})  # of how many parameters, and their names
 
     def __getitem__(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):
@@ -39,16 +40,16 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
         return len(self._core)
 
     def _indices_by_name(self) -> dict[str, list[int]]:
-        structures = self._core.structures  # of the optimizer, which may have got more since
-        if self._named[0] != len(structures):
+        if self._named[0] != len(self._core):  # the optimizer may have got more since
             indices: dict[str, list[int]] = {}
-            index = 0
-            for structure in structures:
-                for name in structure.names:
-                    if structure.named:
-                        indices.setdefault(name, []).append(index)
-                    index += 1
-            self._named = (len(structures), indices)
+            first = 0
+            for names, leaves in zip(
+                self._core.names, chain.from_iterable(self._core.members()), strict=False
+            ):
+                for index, name in enumerate(names or (), first):
+                    indices.setdefault(name, []).append(index)
+                first += len(leaves)
+            self._named = (first, indices)
         return self._named[1]
 
     def __repr__(self) -> str:

@@ -12,7 +12,8 @@ class Option(NamedTuple):
     """An option of a parameter group."""
 
     name: str
-    kind: str  # "number", "number or function", "betas", "flag", "fraction or None", "number or None", "eps mode"
+    # "number", "number or function", "number or None", "betas", "flag", "fraction or None", "eps mode"
+    kind: str
     format: int  # of checkpoint files: the first one that knows it
     default: Any
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _checkpoint, _config, _core
+from fused_adam._groups import DecayRule, NoDecay, is_groups
 from fused_adam._state import OptimizerState
 from fused_adam._step_info import PLAIN_STEP, StepInfo
 from fused_adam._tables import DEFAULTS, options_in, refuse_slips, used
@@ -31,8 +32,8 @@ class _Grads(NamedTuple):
     """What :attr:`Adam.grads` holds, and for how many groups; those of later ones are still to be made."""
 
     tree: Any
-    grouped: bool
-    groups: int
+    grouped: bool  # a list with a tree for each group that was given
+    trees: int
 
 
 class Adam:
@@ -97,6 +98,12 @@ class Adam:
     bias_correction : bool, default True
         False: take both averages as they are, although they started at zero: ``1 - beta1**t`` and
         ``1 - beta2**t`` are 1.
+    no_decay : str, list of str or function, optional
+        Parameters that are not to decay, biases and norms usually. Patterns of their names as in
+        :attr:`state`, ``["bias", "*norm*"]``: each matches a whole name or its end after a dot, with ``*``,
+        ``?`` and ``[...]``. Or a function ``(name, array) -> bool``: ``lambda name, w: w.ndim < 2``. They
+        become a group of their own, with ``weight_decay=0``, behind the others that they were given with;
+        gradients keep the structure of `params`. Also a key of a group, in the place of this.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -117,7 +124,7 @@ class Adam:
         An array that cannot be updated in place (strided, unaligned, byte-swapped, read-only, masked),
         memory that is used twice, an option out of range, no arrays at all, keys of a dict that are
         different but have the same repr. A key of a group that is nearly the name of an option, as
-        ``weigth_decay``; others are kept.
+        ``weigth_decay``; others are kept. A pattern of `no_decay` that no parameter matches.
 
     References
     ----------
@@ -161,6 +168,7 @@ class Adam:
         skip_nonfinite: bool = False,
         eps_mode: EpsMode = "outside",
         bias_correction: bool = True,
+        no_decay: NoDecay | None = None,
         num_threads: int | None = None,
     ) -> None:
         self.defaults: dict[str, Any] = options_in(locals())
@@ -171,10 +179,12 @@ class Adam:
         self._new_core()
         if isinstance(params, Iterator):
             params = list(params)
-        grouped = _is_groups(params)
+        grouped = is_groups(params)
         groups: Any = params if grouped else [{"params": params}]
+        rule = DecayRule(no_decay)
         for group in groups:
-            self._add_group(group, grouped)
+            self._add_group(group, grouped, rule)
+        rule.require_matches()
 
     def step(
         self,
@@ -244,8 +254,8 @@ class Adam:
     def steps(self) -> int:
         """How many steps were made, those left out not counted: what a function for `lr` is called with.
 
-        Checkpoints have it. Loaded from one that does not, of PyTorch or of an older version, it is the largest
-        of the step counts of the parameters.
+        Checkpoints have it. Loaded from one that does not, of PyTorch or of an older version, it is the
+        largest of the step counts of the parameters.
         """
         return self._core.steps
 
@@ -265,21 +275,20 @@ class Adam:
         """
         held = self._grads or _Grads([], True, 0)
         is_list = isinstance(held.tree, (list, tuple))  # else the next step refuses what was set here
-        if held.groups < len(self._core.structures) and (is_list or not held.grouped):
+        if held.trees < self._core.trees and (is_list or not held.grouped):
             with _core.ExclusiveUse(self._core):
                 self._core.check_groups(self.param_groups)
-                structures, grouped = self._core.structures, self._core.grouped
                 trees = list(held.tree) if held.grouped else [held.tree]
-                for i in range(held.groups, len(structures)):
-                    trees.append(structures[i].unflatten(self._core.new_grads(i)))
-            held = self._grads = _Grads(trees if grouped else trees[0], grouped, len(structures))
+                trees += self._core.new_grads(held.trees)
+                grouped = self._core.grouped
+            held = self._grads = _Grads(trees if grouped else trees[0], grouped, len(trees))
         return held.tree
 
     @grads.setter
     def grads(self, grads: Any) -> None:
         # Checked by each step, like any. `opt.grads += g` on one array ends here too.
         tree = list(grads) if isinstance(grads, Iterator) else grads
-        held = _Grads(tree, self._core.grouped, len(self._core.structures))
+        held = _Grads(tree, self._core.grouped, self._core.trees)
         self._grads = None if grads is None else held
 
     def accumulate(self, grads: Grads | Sequence[Grads]) -> None:
@@ -326,19 +335,19 @@ class Adam:
         Parameters
         ----------
         param_group : dict
-            ``"params"``, as at construction, and options that differ from :attr:`defaults`. From now on
-            `grads` is a list with an entry for each group.
+            ``"params"``, as at construction, and options that differ from :attr:`defaults`, or `no_decay`.
+            From now on `grads` is a list with an entry for each group that was given.
 
         Raises
         ------
         TypeError, ValueError
             As at construction. The optimizer is as it was then.
         """
-        self._add_group(param_group, grouped=True)
+        self._add_group(param_group, True, DecayRule(None))
 
     @property
     def lr(self) -> float:
-        """The learning rate of all groups in the next step; setting it, a number or a function, sets it in each."""
+        """The learning rate of all groups in the next step; setting it sets it in each."""
         steps = self.steps
         rates = set()
         for i, group in enumerate(self._group_dicts()):
@@ -387,8 +396,7 @@ class Adam:
         ValueError
             No group has an `ema_decay`.
         """
-        averages = self._core.averages(self.param_groups)
-        trees = [s.unflatten(views) for s, views in zip(self._core.structures, averages, strict=False)]
+        trees = self._core.averages(self.param_groups)
         return trees if self._core.grouped else trees[0]
 
     def ema_weights(self) -> AbstractContextManager[None]:
@@ -430,19 +438,20 @@ class Adam:
             shape ()), ``"exp_avg"``, ``"exp_avg_sq"``, with amsgrad ``"max_exp_avg_sq"``, and ``"ema"``
             where there is an average.
             ``"param_groups"``: for each group its options and, under ``"params"``, indices; for
-            parameters in dicts also ``"param_names"``. ``"requires"``, where it is there: what a reader
-            must know beyond PyTorch's Adam, like ``"ema"``.
+            parameters in dicts also ``"param_names"``. ``"steps"``, where :attr:`steps` is more than any
+            parameter's count. ``"requires"``, where it is there: what a reader must know beyond PyTorch's
+            Adam, like ``"ema"``.
 
         Notes
         -----
         ``torch.optim.Adam`` loads it once the arrays are tensors (``torch.from_numpy`` on each) and goes
         on with the same bits: the options say ``fused=True``, as these numbers are. But not where there is
-        a ``"requires"``, which it does not look at: it goes on without those options, and with the rate of the
-        next step for all steps where `lr` is a function (``"lr_schedule"``).
+        a ``"requires"``, which it does not look at: it goes on without those options, and with the rate of
+        the next step for all steps where `lr` is a function (``"lr_schedule"``).
         """
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
-            return _checkpoint.state_dict(self._core, self.param_groups, self._names())
+            return _checkpoint.state_dict(self._core, self.param_groups, self._core.names)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, keep_lr: bool = False) -> None:
         """Take over moments, step counts and options; the next step goes on with the same bits.
@@ -453,8 +462,8 @@ class Adam:
             From :meth:`state_dict`, or from ``torch.optim.Adam`` or ``AdamW`` (CPU tensors or arrays).
             The arrays are copied. A parameter without an entry starts afresh, and so does an average that it
             does not have. An option that it does not have is the default from then on; other keys of the
-            groups stay. A function for `lr` stays, too, and goes on where the saved one was; no checkpoint holds
-            one.
+            groups stay. A function for `lr` stays, too, and goes on where the saved one was; no checkpoint
+            holds one.
         keep_lr : bool, default False
             Keep the learning rates of this optimizer instead of those of the checkpoint.
 
@@ -470,7 +479,7 @@ class Adam:
             _checkpoint.load_state_dict(
                 self._core,
                 self.param_groups,
-                self._names(),
+                self._core.names,
                 state_dict,
                 keep_lr=keep_lr,
                 fixed_options=self._fixed_options,
@@ -523,7 +532,7 @@ class Adam:
 
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
-            _file.save(path, self._core, self.param_groups, self._names(), progress, self.defaults)
+            _file.save(path, self._core, self.param_groups, self._core.names, progress, self.defaults)
 
     @classmethod
     def load(
@@ -532,6 +541,7 @@ class Adam:
         params: Params | Sequence[dict[str, Any]],
         *,
         lr: LearningRate | None = None,
+        no_decay: NoDecay | None = None,
         num_threads: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
@@ -547,9 +557,11 @@ class Adam:
             do not count, those of the file do; but for a function as ``"lr"``.
         lr : float or function, optional
             Learning rate from here on, in the place of what the file has; a group's own ``"lr"`` counts then.
-            Where the optimizer that was saved had a function, which is code and in no file, one has to be given.
-        num_threads : int, optional
-            As at construction.
+            Where the optimizer that was saved had a function, which is code and in no file, one has to be
+            given.
+        no_decay, num_threads : optional
+            As at construction. The parameters of `no_decay` are a group in the file, so it has to be given
+            again.
         progress : function, optional
             Called as ``progress(done, total)``, in bytes.
 
@@ -571,14 +583,14 @@ class Adam:
         """
         from fused_adam import _file
 
-        own = {} if lr is None else {"lr": lr}
-        opt = cls(params, **own, num_threads=num_threads)
+        given: dict[str, Any] = {"lr": lr, "no_decay": no_decay, "num_threads": num_threads}
+        opt = cls(params, **{key: value for key, value in given.items() if value is not None})
         with _core.ExclusiveUse(opt._core):
             _file.load(
                 path,
                 opt._core,
                 opt.param_groups,
-                opt._names(),
+                opt._core.names,
                 cls._fixed_options,
                 progress,
                 opt.defaults,
@@ -605,10 +617,8 @@ class Adam:
             for i, group in enumerate(self.param_groups):
                 _core.check_options(group, f"param_groups[{i}]", 0)  # what is pickled must load
             saved = {
-                "trees": [
-                    structure.unflatten(list(group["params"]))
-                    for structure, group in zip(self._core.structures, self.param_groups, strict=True)
-                ],
+                "trees": self._core.params(),
+                "members": self._core.members(),
                 "state": _checkpoint.copy_state(self._core),
                 "steps": self._core.steps,
                 "skipped_steps": self._core.skipped_steps,
@@ -623,9 +633,14 @@ class Adam:
         self.__dict__.update(state)
         self.defaults = {**DEFAULTS, **self.defaults}  # an older version did not have all of them
         self._new_core()
-        groups, self.param_groups = self.param_groups, []  # the dicts of a shallow copy stay its original's
-        for group, tree in zip(groups, saved["trees"], strict=True):
-            self._add_group({**group, "params": tree}, grouped, frozen=True)
+        groups = iter(self.param_groups)
+        self.param_groups = []  # the dicts of a shallow copy stay its original's
+        members = saved.get("members")  # an older version had one group for each tree
+        for i, tree in enumerate(saved["trees"]):
+            structure = _core.Structure(tree)
+            leaves = members[i] if members else [list(range(len(structure)))]
+            new_groups = [({**self.defaults, **next(groups)}, own) for own in leaves]
+            self._core.add_tree(self.param_groups, structure, new_groups, grouped, frozen=True)
         with _core.ExclusiveUse(self._core):
             # An older version did not have these numbers.
             _checkpoint.restore_state(self._core, self._core.kinds(), saved["state"], [], saved.get("steps"))
@@ -639,29 +654,34 @@ class Adam:
         self._state = OptimizerState(self._core)
         self._grads = None
 
-    def _add_group(self, param_group: Mapping[str, Any], grouped: bool, frozen: bool = False) -> None:
-        where = f"param_groups[{len(self._core.structures)}]"
+    def _add_group(self, param_group: Mapping[str, Any], grouped: bool, rule: DecayRule) -> None:
+        where = f"param_groups[{self._core.trees}]"
         if not isinstance(param_group, Mapping):
             raise TypeError(f"{where} must be a dict, got {type(param_group).__name__}.")
         if "params" not in param_group:
             raise ValueError(f"{where} has no key 'params'.")
         options = {**self.defaults, **param_group}
-        if not frozen:
-            refuse_slips(param_group, where)
+        own_rule = DecayRule(options.pop("no_decay")) if "no_decay" in options else rule
+        refuse_slips(options, where)
         for key, value in options.items():
-            is_array = isinstance(value, np.ndarray) and value.size > 1
-            if key != "params" and is_array and not frozen:
+            if key != "params" and isinstance(value, np.ndarray) and value.size > 1:
                 raise ValueError(f"{where}[{key!r}] is an array: arrays to train belong under 'params'.")
         _core.check_options(options, where, self.steps)
         for key, value in self._fixed_options.items():
-            if options[key] != value and not frozen:
+            if options[key] != value:
                 raise ValueError(f"{where}[{key!r}] must be {value} in {type(self).__name__}. Use Adam.")
         options["betas"] = tuple(options["betas"])
-        self._core.add_group(self.param_groups, options, _core.Structure(options["params"]), grouped, frozen)
+        structure = _core.Structure(options["params"])
+        new_groups = []
+        for decays, leaves in own_rule.divided(structure):
+            new_groups.append(({**options, **({} if decays else {"weight_decay": 0.0})}, leaves))
+        if own_rule is not rule:
+            own_rule.require_matches()
+        self._core.add_tree(self.param_groups, structure, new_groups, grouped, frozen=False)
 
     def _group_dicts(self) -> list[dict[str, Any]]:
         """The groups, which may have been edited, where as many as there were still are dicts."""
-        count = len(self._core.structures)
+        count = self._core.groups
         if len(self.param_groups) != count:
             raise ValueError(
                 f"param_groups has {len(self.param_groups)} groups, but the optimizer was given {count}."
@@ -670,19 +690,3 @@ class Adam:
             if not isinstance(group, dict):
                 raise TypeError(f"param_groups[{i}] must be a dict, got {type(group).__name__}.")
         return self.param_groups
-
-    def _names(self) -> list[list[str] | None]:
-        return [structure.names if structure.named else None for structure in self._core.structures]
-
-
-def _is_groups(params: Any) -> bool:
-    """A list of dicts with "params" is groups; any other list is a structure of arrays."""
-    if not isinstance(params, (list, tuple)) or not params:
-        return False
-    with_params = [isinstance(entry, Mapping) and "params" in entry for entry in params]
-    if any(with_params) and not all(with_params):
-        raise ValueError(
-            f"params[{with_params.index(False)}] has no key 'params', but other entries have: "
-            "a list of groups needs it in each."
-        )
-    return all(with_params)

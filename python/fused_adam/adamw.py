@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from fused_adam._groups import NoDecay
 from fused_adam._tables import options_in
 from fused_adam.adam import Adam, EpsMode, LearningRate, Params
 
@@ -19,7 +20,7 @@ class AdamW(Adam):
     ----------
     params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite
         As in :class:`Adam`.
-    eps_mode, bias_correction, num_threads
+    eps_mode, bias_correction, no_decay, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -48,7 +49,10 @@ class AdamW(Adam):
         skip_nonfinite: bool = False,
         eps_mode: EpsMode = "outside",
         bias_correction: bool = True,
+        no_decay: NoDecay | None = None,
         num_threads: int | None = None,
     ) -> None:
         options = options_in(locals())
-        super().__init__(params, **options, decoupled_weight_decay=True, num_threads=num_threads)
+        super().__init__(
+            params, **options, decoupled_weight_decay=True, no_decay=no_decay, num_threads=num_threads
+        )

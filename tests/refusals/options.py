@@ -33,6 +33,7 @@ NUMBERS, OPTIONAL_NUMBERS, FLAGS, FRACTIONS = (
     [option.name for option in OPTION_TABLE if option.kind == kind]
     for kind in ("number", "number or None", "flag", "fraction or None")
 )
+NUMBERS += [option.name for option in OPTION_TABLE if option.kind == "number or function"]
 FLAGS.remove("decoupled_weight_decay")  # AdamW has no such argument
 # What float() takes, and no number is: NumPy warns of the first one only.
 SLIPS: dict[str, Any] = {
