@@ -215,7 +215,7 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
     skipped_steps_ += 1;
     return report;
   }
-  steps_ += 1;
+  steps_.store(steps_ + 1, std::memory_order_relaxed);  // only here, and in exclusive use
   for (size_t g = 0; g < groups_.size(); ++g) {
     const bool keeps_ema = hypers_[g].keeps_ema();
     for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {

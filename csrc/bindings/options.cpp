@@ -73,9 +73,9 @@ double not_negative(py::handle value, const std::string& where, py::handle key) 
 }
 
 double rate(py::handle value, const std::string& where, py::handle key, int64_t steps) {
-  // A class is a slip: its instance was meant, or its value.
-  const bool is_schedule = steps != OptionReader::kNoSteps && PyCallable_Check(value.ptr()) != 0 &&
-                           !PyType_Check(value.ptr());
+  // Most are plain floats. A class is a slip: its instance was meant, or its value.
+  const bool is_schedule = !PyFloat_CheckExact(value.ptr()) && steps != OptionReader::kNoSteps &&
+                           PyCallable_Check(value.ptr()) != 0 && !PyType_Check(value.ptr());
   if (!is_schedule) return not_negative(value, where, key);
   const py::object now = value(py::int_(steps));
   const auto here = [&] { return place(where, key) + "(" + std::to_string(steps) + ")"; };

@@ -148,7 +148,8 @@ def load_state_dict(
     _require(isinstance(saved_state, Mapping), "state_dict['state'] must be a dict", TypeError)
     _require(
         len(groups_read) == len(groups),
-        f"state_dict has {len(groups_read)} param groups, the optimizer has {len(groups)} (no_decay makes one)",
+        f"state_dict has {len(groups_read)} param groups, the optimizer has {len(groups)} (what no_decay "
+        "names is a group)",
     )
 
     steps = None if "steps" not in checkpoint else _read_step(checkpoint["steps"], "state_dict['steps']")
