@@ -13,7 +13,7 @@ namespace fused_adam {
 class GradSums {
  public:
   // To be added, element by element: no two of them share memory.
-  void add(const void* grad, void* sum, int64_t size, DType dtype);
+  void add(const void* grad, DType grad_dtype, void* sum, DType dtype, int64_t size);
   void run(const StageTable& table, const Threads& threads) const noexcept;
 
  private:
@@ -22,7 +22,7 @@ class GradSums {
     void* sum;
     int64_t size;
     int64_t line_end;  // cache lines of this array and all before it
-    DType dtype;
+    DType grad_dtype, dtype;
   };
   std::vector<Sum> sums_;
 };

@@ -1,38 +1,32 @@
 #include "step.hpp"
 
+#include <string.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "slices.hpp"
+#include "tiles.hpp"
 
 namespace fused_adam {
 namespace {
 
-// Elements that all stages of a step go through before the next ones: few enough for all streams to
-// stay in the first-level cache meanwhile (6 of 8 bytes: 24 KiB). 1024 were as fast, in AVX2 and
-// AVX-512; 2048 took 10 to 25 % longer with an average beyond the cache.
-constexpr int64_t kTile = 512;
+// Unscaled and clipped. grad may be in that tile already. dtype: computed in.
+const void* scaled(const StageTable& table, DType dtype, const GradCoefficientSet& all,
+                   const void* grad, int64_t count, Tile& tile) noexcept {
+  const bool divides = dtype == kFloat32 ? all.f32.divides : all.f64.divides;
+  table.scale_grad[dtype][divides](grad, tile.bytes, count, all);
+  return tile.bytes;
+}
 
-// The streams from this element of param on.
-Streams from_element(const Streams& streams, DType dtype, int64_t first) {
-  Streams piece = {};
-  for (int i = 0; i < kStreams; ++i) {
-    if (streams.at[i] == nullptr) continue;
-    const auto stream = static_cast<Stream>(i);
-    piece.at[i] = static_cast<char*>(streams.at[i]) + bytes_of(stream, dtype, first);
+void clear(const StageTable& table, DType dtype, void* grad, int64_t count) noexcept {
+  if (is_coded(dtype)) {
+    memset(grad, 0, static_cast<size_t>(count * size_of(dtype)));
+  } else {
+    table.clear_grad[dtype](grad, count);
   }
-  return piece;
 }
-
-ScaleGrad scale_stage(const StageTable& table, DType dtype, const GradCoefficientSet& grad) {
-  return table.scale_grad[dtype][dtype == kFloat32 ? grad.f32.divides : grad.f64.divides];
-}
-
-// A tile of gradients on the stack, for what the rule takes in their place.
-struct alignas(64) GradTile {
-  char bytes[kTile * sizeof(double)];
-};
 
 // In an order that depends on their number alone: each with its neighbour, until one is left.
 double sum_of_pairs(double* sums, size_t count) noexcept {
@@ -70,7 +64,8 @@ void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
                     {}});
 }
 
-void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema) {
+void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, DType grad_dtype,
+                         bool begins_ema) {
   if (size == 0) return;
   int64_t line_end = lines_of(dtype, size), element_end = size;
   if (!arrays_.empty()) {
@@ -78,7 +73,7 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, bool
     element_end += arrays_.back().element_end;
   }
   const auto rule = static_cast<uint32_t>(rules_.size() - 1);
-  arrays_.push_back({streams, size, line_end, element_end, rule, dtype, begins_ema});
+  arrays_.push_back({streams, size, line_end, element_end, rule, dtype, grad_dtype, begins_ema});
 }
 
 void StepPlan::end() {
@@ -126,22 +121,36 @@ void StepPlan::prepare_grads(double grad_norm) noexcept {
 StepPlan::Stages StepPlan::stages_of(const ArrayUpdate& array,
                                      const StageTable& table) const noexcept {
   const Rule& rule = rules_[array.rule];
+  const DType computed = computed_in(array.dtype);
   Stages stages;
-  if (array.begins_ema) stages.add(table.begin_average[array.dtype]);
-  stages.add(table.adam[array.dtype][rule.l2][rule.amsgrad]);
-  if (rule.ema) stages.add(table.average[array.dtype]);
+  if (array.begins_ema) stages.add(table.begin_average[computed]);
+  stages.add(table.adam[computed][rule.l2][rule.amsgrad]);
+  if (rule.ema) stages.add(table.average[computed]);
   return stages;
+}
+
+// The streams from this element of param on.
+Streams StepPlan::piece_of(const ArrayUpdate& array, int64_t first) noexcept {
+  if (first == 0) return array.streams;
+  Streams piece = {};
+  for (int i = 0; i < kStreams; ++i) {
+    if (array.streams.at[i] == nullptr) continue;
+    const auto stream = static_cast<Stream>(i);
+    const int64_t offset =
+        stream == kGrad ? first * size_of(array.grad_dtype) : bytes_of(stream, array.dtype, first);
+    piece.at[i] = static_cast<char*>(array.streams.at[i]) + offset;
+  }
+  return piece;
 }
 
 void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                          int64_t last) const noexcept {
   const Stages stages = stages_of(array, table);
   const Rule& rule = rules_[array.rule];
+  const bool coded = is_coded(array.dtype) || is_coded(array.grad_dtype);
   // The rule alone needs no tiles.
-  if (stages.count == 1 && !rule.scales_grad[array.dtype] && !wishes_.zero_grad) {
-    const Streams piece =
-        first == 0 ? array.streams : from_element(array.streams, array.dtype, first);
-    stages.at[0](piece, last - first, rule.coefficients);
+  if (stages.count == 1 && !coded && !rule.scales_grad[array.dtype] && !wishes_.zero_grad) {
+    stages.at[0](piece_of(array, first), last - first, rule.coefficients);
   } else {
     run_tiles(array, stages, table, first, last);
   }
@@ -150,24 +159,32 @@ void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int6
 void StepPlan::run_tiles(const ArrayUpdate& array, const Stages& stages, const StageTable& table,
                          int64_t first, int64_t last) const noexcept {
   const Rule& rule = rules_[array.rule];
-  GradTile scaled;
+  const DType computed = computed_in(array.dtype);
+  Tile grad_tile, param_tile;
   for (int64_t begin = first; begin < last; begin += kTile) {
     const int64_t count = std::min(kTile, last - begin);
-    Streams piece = from_element(array.streams, array.dtype, begin);
+    Streams piece = piece_of(array, begin);
+    void* const param = piece.at[kParam];
     void* const grad = piece.at[kGrad];
-    if (rule.scales_grad[array.dtype]) {
-      scale_stage(table, array.dtype, rule.grad)(grad, scaled.bytes, count, rule.grad);
-      piece.at[kGrad] = scaled.bytes;
+    const void* taken = decoded(table, array.grad_dtype, grad, count, grad_tile);
+    if (rule.scales_grad[computed]) {
+      taken = scaled(table, computed, rule.grad, taken, count, grad_tile);
+    }
+    piece.at[kGrad] = const_cast<void*>(taken);  // which no stage writes
+    if (is_coded(array.dtype)) {
+      decoded(table, array.dtype, param, count, param_tile);
+      piece.at[kParam] = param_tile.bytes;
     }
     for (int i = 0; i < stages.count; ++i) stages.at[i](piece, count, rule.coefficients);
-    if (wishes_.zero_grad) table.clear_grad[array.dtype](grad, count);
+    if (is_coded(array.dtype)) encode(table, array.dtype, param_tile, param, count);
+    if (wishes_.zero_grad) clear(table, array.grad_dtype, grad, count);
   }
 }
 
 void StepPlan::clear_grads(const StageTable& table, const Threads& threads) const noexcept {
   for_slices(arrays_, threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
-    table.clear_grad[array.dtype](element_at(array.streams.at[kGrad], array.dtype, first),
-                                  last - first);
+    void* const grad = element_at(array.streams.at[kGrad], array.grad_dtype, first);
+    clear(table, array.grad_dtype, grad, last - first);
   });
 }
 
@@ -179,8 +196,9 @@ double StepPlan::norm(const StageTable& table, const Threads& threads, bool& fin
   const DefaultFloatMode mode;
   const double sum = sum_of_squares(table, threads, 1.0);
   finite = std::isfinite(sum);
-  const bool all_float32 = std::all_of(arrays_.begin(), arrays_.end(),
-                                       [](const ArrayUpdate& a) { return a.dtype == kFloat32; });
+  const bool all_float32 = std::all_of(arrays_.begin(), arrays_.end(), [](const ArrayUpdate& a) {
+    return computed_in(a.dtype) == kFloat32;
+  });
   const bool is_exact = finite && sum > 0x1p-900;
   if (all_float32 || is_exact || std::isnan(sum)) return std::sqrt(sum);
   const double factor = finite ? 0x1p600 : 0x1p-600;
@@ -221,21 +239,19 @@ void StepPlan::add_block(const StageTable& table, const GradCoefficientSet& grad
   auto array = std::upper_bound(
       arrays_.begin(), arrays_.end(), begin,
       [](int64_t element, const ArrayUpdate& a) { return element < a.element_end; });
-  GradTile scaled;
+  Tile tile;
   for (int64_t at = begin; at < end; ++array) {
-    const DType dtype = array->dtype;
+    const DType stored = array->grad_dtype, computed = computed_in(stored);
     const int64_t last = std::min(end, array->element_end);
-    const bool scales = dtype == kFloat32 ? !grad.f32.do_nothing() : !grad.f64.do_nothing();
-    const int64_t tile = scales ? kTile : last - at;
+    const bool scales = computed == kFloat32 ? !grad.f32.do_nothing() : !grad.f64.do_nothing();
+    const int64_t step = scales || is_coded(stored) ? kTile : last - at;
     int64_t first = at - (array->element_end - array->size);
-    for (; at < last; at += tile, first += tile) {
-      const int64_t count = std::min(tile, last - at);
-      const void* elements = element_at(array->streams.at[kGrad], dtype, first);
-      if (scales) {
-        scale_stage(table, dtype, grad)(elements, scaled.bytes, count, grad);
-        elements = scaled.bytes;
-      }
-      table.add_squares[dtype](elements, at - begin, count, lanes);
+    for (; at < last; at += step, first += step) {
+      const int64_t count = std::min(step, last - at);
+      const void* elements = element_at(array->streams.at[kGrad], stored, first);
+      elements = decoded(table, stored, elements, count, tile);
+      if (scales) elements = scaled(table, computed, grad, elements, count, tile);
+      table.add_squares[computed](elements, at - begin, count, lanes);
     }
     at = last;
   }

@@ -39,7 +39,8 @@ class StepPlan {
   void set_rule(const HyperParameters& hyper, int64_t step);
 
   // dtype: of param. begins_ema: there are no averages of it yet.
-  void add_array(const Streams& streams, int64_t size, DType dtype, bool begins_ema = false);
+  void add_array(const Streams& streams, int64_t size, DType dtype, DType grad_dtype,
+                 bool begins_ema = false);
 
   // No more arrays: makes room for what is measured.
   void end();
@@ -58,20 +59,20 @@ class StepPlan {
     int64_t line_end;     // cache lines of param in this array and all before it
     int64_t element_end;  // elements, likewise
     uint32_t rule;
-    DType dtype;
+    DType dtype, grad_dtype;
     bool begins_ema;
   };
   struct Rule {
     CoefficientSet coefficients;
     double max_norm, clip_value;  // HyperParameters::kNone: none
     bool l2, amsgrad, ema;
-    bool scales_grad[kDTypes];
+    bool scales_grad[kComputed];
     GradCoefficientSet grad;  // only where it scales
   };
   // What is done to each piece of an array, in this order.
   struct Stages {
     // A stage has at least a pointer for each element type, and stands in a step at most once.
-    static constexpr int kMost = sizeof(StageTable) / sizeof(Stage[kDTypes]);
+    static constexpr int kMost = sizeof(StageTable) / sizeof(Stage[kComputed]);
     Stage at[kMost];
     int count = 0;
 
@@ -83,6 +84,7 @@ class StepPlan {
                  int64_t last) const noexcept;
   void run_tiles(const ArrayUpdate& array, const Stages& stages, const StageTable& table,
                  int64_t first, int64_t last) const noexcept;
+  static Streams piece_of(const ArrayUpdate& array, int64_t first) noexcept;
   void clear_grads(const StageTable& table, const Threads& threads) const noexcept;
 
   double norm(const StageTable& table, const Threads& threads, bool& finite) noexcept;

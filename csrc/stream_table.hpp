@@ -75,20 +75,39 @@ constexpr int64_t size_of(DType dtype) {
       return 4;
     case kFloat64:
       return 8;
+    case kFloat16:
+    case kBFloat16:
+      return 2;
   }
   return 0;
 }
 
-// What the entries of a stream are stored as, for a param of that type.
+// What elements of a type are computed in.
+constexpr DType computed_in(DType stored) {
+  switch (stored) {
+    case kFloat64:
+      return kFloat64;
+    case kFloat32:
+    case kFloat16:
+    case kBFloat16:
+      return kFloat32;
+  }
+  return stored;
+}
+constexpr bool is_coded(DType stored) { return computed_in(stored) != stored; }
+
+// What the entries of a stream of ours are stored as, for a param of that type: a gradient of the
+// caller may be stored as param is, too.
 constexpr DType dtype_of(Stream stream, DType param) {
   switch (stream) {
     case kParam:
-    case kGrad:
+      return param;
+    case kGrad:  // what is added up in 16 bits over many micro-batches stands still
     case kExpAvg:
     case kExpAvgSq:
     case kMaxExpAvgSq:
-    case kEma:
-      return param;
+    case kEma:  // likewise
+      return computed_in(param);
   }
   return param;
 }

@@ -8,9 +8,12 @@ namespace fused_adam {
 enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEma };
 constexpr int kStreams = kEma + 1;
 
-// What elements are stored as.
-enum DType { kFloat32, kFloat64 };
-constexpr int kDTypes = kFloat64 + 1;
+// What elements are stored as. The first of them are what is computed in; the others are decoded to
+// float32 before, and encoded after.
+enum DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+constexpr int kDTypes = kBFloat16 + 1;
+constexpr int kComputed = kFloat64 + 1;
+constexpr int kCoded = kDTypes - kComputed;
 
 // Where each stream of a parameter begins, or of a piece of one; null where there is none.
 struct Streams {

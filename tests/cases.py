@@ -13,7 +13,13 @@ import pytest
 
 from fused_adam import _config, _core, _tables
 
-DTYPES = (np.float32, np.float64)  # that are stored; reference.py says what they are computed in
+DTYPES = (np.float32, np.float64)  # that are stored as they are computed in
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    CODED: tuple[Any, ...] = (np.float16,)  # of params and grads, beside float32 for all else
+else:
+    CODED = (np.float16, bfloat16)
 LINE = 64  # bytes of a cache line, and of the widest vector
 
 # --- options ---------------------------------------------------------------------------------------
@@ -179,7 +185,8 @@ def drawn(size: int, dtype: Any, seed: int) -> Arrays:
     rng = np.random.default_rng(seed)
 
     def draw(name: str) -> np.ndarray:
-        array = (10.0 ** rng.uniform(-6, 1, size) * rng.standard_normal(size)).astype(dtype)
+        stored = np.float32 if dtype in CODED and name not in ("param", "grad") else dtype
+        array = (10.0 ** rng.uniform(-6, 1, size) * rng.standard_normal(size)).astype(stored)
         return array * array if name in SQUARES else array
 
     return Arrays.each(draw)

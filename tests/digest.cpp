@@ -17,18 +17,19 @@ using namespace fused_adam;
 
 namespace {
 
-// A form of the rule and its digest in each dtype, of the numerics id "adam-1". A new form adds a
+// A form of the rule and its digest in two dtypes, of the numerics id "adam-1". A new form adds a
 // row, and the others show that nothing moved. Whoever changes a rounding changes the id and all
 // rows.
 struct Row {
   const char* form;
   void (*set)(HyperParameters&);  // what it changes of the options in digest()
-  uint64_t expected[kDTypes];
+  uint64_t expected[2];
   bool zero_grad = false, begins_ema = false;
   double grad_scale = 1.0;
 };
 
-// "From grad": the average is nearer to the gradient. "Beta2 almost 1": the smallest corrections.
+// Of the types that are computed in. "From grad": the average is nearer to the gradient. "Beta2
+// almost 1": the smallest corrections.
 const Row kRows[] = {
     {"plain", [](HyperParameters&) {}, {0x018635EAD48D0B10, 0x1A454F0878B78441}},
     {"l2",
@@ -115,6 +116,21 @@ const Row kRows[] = {
      true},
 };
 
+// Of those that are decoded, param and gradient: what is around the rule, which is that of float32.
+const Row kCodedRows[] = {
+    {"plain", [](HyperParameters&) {}, {0xFA6A90310A913D41, 0x14DF6034B332EE39}},
+    {"l2, amsgrad, zero_grad",
+     [](HyperParameters& h) { h.weight_decay = 0.01, h.amsgrad = true; },
+     {0xF578DBF6EC4CA95B, 0x2F5353D2E67C9BD0},
+     true},
+    {"ema begins, max_norm, grad_scale 1024",
+     [](HyperParameters& h) { h.max_norm = 3.0, h.ema_decay = 0.9; },
+     {0x565056E1894685A3, 0xCF18B05EF0E11B9B},
+     false,
+     true,
+     1024.0},
+};
+
 // xorshift64*, by G. Marsaglia and S. Vigna: the same numbers everywhere.
 class Random {
  public:
@@ -182,6 +198,7 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
   for (int64_t round = 0; round <= 200; ++round) {
     const int64_t length = round < 200 ? round : 70'003;
     std::vector<T> values[kStreams];
+    std::vector<uint16_t> codes[2];  // of param and gradient
     Streams streams = {};
     for (const StreamInfo& info : kStreamTable) {
       // Streams that only some forms have do not change what the others are given.
@@ -190,11 +207,20 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
       for (int64_t i = 0; i < length; ++i) stream.push_back(random.value<T>());
       streams.at[info.stream] = stream.data();
     }
+    const auto count = static_cast<size_t>(length);
     if (hyper.clips_norm()) {  // which would make NaN of everything
-      for (T& value : values[kGrad]) value = std::isfinite(value) ? value : T(1);
+      const T most = is_coded(dtype) ? T(60000) : std::numeric_limits<T>::max();
+      for (T& value : values[kGrad]) value = std::abs(value) <= most ? value : T(1);
     }
     for (T& value : values[kExpAvgSq]) value = std::abs(value);
     for (T& value : values[kMaxExpAvgSq]) value = std::abs(value);
+    const int coding = dtype - kComputed;
+    for (const Stream stream : {kParam, kGrad}) {
+      if (!is_coded(dtype)) break;
+      codes[stream].resize(count);
+      stages_scalar.encode[coding](values[stream].data(), codes[stream].data(), length);
+      streams.at[stream] = codes[stream].data();
+    }
     StepPlan plan;
     StepWishes wishes;
     wishes.zero_grad = row.zero_grad;
@@ -202,12 +228,16 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
     wishes.add(hyper);
     plan.begin(wishes);
     plan.set_rule(hyper, 1 + 7 * round);
-    plan.add_array(streams, length, dtype, row.begins_ema);
+    plan.add_array(streams, length, dtype, dtype, row.begins_ema);
     plan.end();
     const Threads some = {Threads::kTeam, threads};
     const StepReport report = plan.measure(stages, some);
     plan.run(stages, some, report);
     if (report.measured) result.add(report.grad_norm);
+    for (const Stream stream : {kParam, kGrad}) {
+      if (!is_coded(dtype)) break;
+      stages_scalar.decode[coding](codes[stream].data(), values[stream].data(), length);
+    }
     for (const auto& stream : values) {
       for (const T value : stream) result.add(value);
     }
@@ -226,18 +256,25 @@ int main() {
     }
     for (const int threads : {1, 3}) {
       int as_expected = 0;
-      for (const Row& row : kRows) {
-        static_assert(kDTypes == 2, "a type that is not digested here would count as expected");
-        const uint64_t found[kDTypes] = {digest<float>(*isa.stages, kFloat32, row, threads),
-                                         digest<double>(*isa.stages, kFloat64, row, threads)};
+      const auto compare = [&](const Row& row, const uint64_t (&found)[2]) {
         if (memcmp(found, row.expected, sizeof found) == 0) {
           ++as_expected;
-          continue;
+          return;
         }
         ++wrong;
         printf("%-7s %s: {0x%016llX, 0x%016llX} WRONG\n", isa.name, row.form,
-               static_cast<unsigned long long>(found[kFloat32]),
-               static_cast<unsigned long long>(found[kFloat64]));
+               static_cast<unsigned long long>(found[0]),
+               static_cast<unsigned long long>(found[1]));
+      };
+      static_assert(kDTypes == 4, "a type that is not digested here would count as expected");
+      const StageTable& stages = *isa.stages;
+      for (const Row& row : kRows) {
+        compare(row, {digest<float>(stages, kFloat32, row, threads),
+                      digest<double>(stages, kFloat64, row, threads)});
+      }
+      for (const Row& row : kCodedRows) {
+        compare(row, {digest<float>(stages, kFloat16, row, threads),
+                      digest<float>(stages, kBFloat16, row, threads)});
       }
       printf("%-7s %d thread%s %d forms as expected\n", isa.name, threads, threads > 1 ? "s" : " ",
              as_expected);

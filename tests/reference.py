@@ -5,6 +5,7 @@ Slow and obvious where the kernels are fast. Nothing here comes from the package
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import math
 from typing import NamedTuple
@@ -16,6 +17,11 @@ _DECIMAL = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX
 
 # What elements of each stored type are computed in.
 COMPUTED_IN = {np.dtype(stored): np.dtype(stored) for stored in (np.float32, np.float64)}
+COMPUTED_IN[np.dtype(np.float16)] = np.dtype(np.float32)
+with contextlib.suppress(ImportError):
+    import ml_dtypes
+
+    COMPUTED_IN[np.dtype(ml_dtypes.bfloat16)] = np.dtype(np.float32)
 
 
 class Coefficients(NamedTuple):
@@ -64,14 +70,16 @@ def adam(
 
     grad_norm: of all gradients, where this one is not the only one.
     """
+    stored = param.dtype
+    param, grad = decoded(param), decoded(grad)
     grad = unscaled(grad, grad_scale)
     if skip_nonfinite and not np.isfinite(grad).all():
-        return param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+        return encoded(param, stored), exp_avg, exp_avg_sq, max_exp_avg_sq, ema
     if max_norm is not None and grad_norm is None:
         grad_norm = global_norm([grad])
     grad = clipped(grad, max_norm, clip_value, grad_norm)
     k = coefficients(
-        COMPUTED_IN[param.dtype],
+        param.dtype,
         step=step,
         lr=lr,
         betas=betas,
@@ -98,16 +106,26 @@ def adam(
         param = param + k.neg_step_size * exp_avg / denominator
         if ema_decay is not None:
             ema = lerp(ema, param, k.ema_weight)
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+    return encoded(param, stored), exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+
+
+def decoded(array):
+    return array.astype(COMPUTED_IN[array.dtype])
+
+
+def encoded(array, dtype):
+    """To the nearest, of two equally near ones to the even one."""
+    with np.errstate(all="ignore"):
+        return array.astype(dtype)
 
 
 def unscaled(grad, grad_scale):
     with np.errstate(all="ignore"):
-        return grad if grad_scale is None else grad / COMPUTED_IN[grad.dtype].type(grad_scale)
+        return grad if grad_scale is None else grad / grad.dtype.type(grad_scale)
 
 
 def clipped(grad, max_norm, clip_value, grad_norm):
-    narrow = COMPUTED_IN[grad.dtype].type
+    narrow = grad.dtype.type
     with np.errstate(all="ignore"):
         if clip_value is not None:
             grad = np.clip(grad, -narrow(clip_value), narrow(clip_value))
@@ -123,6 +141,7 @@ NORM_BLOCK, NORM_LANES = 4096, 16
 def global_norm(grads):
     """The 2-norm over all elements, one array after the other, each as it lies in memory."""
     with np.errstate(all="ignore"):
+        grads = [decoded(grad) for grad in grads]
         wide = [grad.ravel(order="K").astype(np.float64) for grad in grads]
         total = sum_of_squares(wide)
         if np.isnan(total) or 2.0**-900 < total < np.inf or all(grad.dtype == np.float32 for grad in grads):

@@ -81,7 +81,7 @@ def matrix(array: np.ndarray) -> Any:
 
 
 NOT_AN_ARRAY = "is .*{}, expected .*numpy.ndarray"
-NO_FLOAT = "has dtype {}, expected float32 or float64. Convert it once"
+NO_FLOAT = "has dtype {}, expected float32, float64, float16 or bfloat16. Convert it once"
 SHAPE = r"\(3, 4\)"
 STRIDED = r"is a strided view \(shape \(3, 4\), strides \(.*np.ascontiguousarray"
 SUBCLASS = "is .*{}, a subclass of ndarray.*np.asarray"
@@ -97,7 +97,6 @@ DEFECTS = [
     Defect("int", lambda a: like(a, np.int64), TypeError, NO_FLOAT.format("int64")),
     Defect("bool", lambda a: like(a, np.bool_), TypeError, NO_FLOAT.format("bool")),
     Defect("complex", lambda a: like(a, np.complex64), TypeError, NO_FLOAT.format("complex64")),
-    Defect("float16", lambda a: like(a, np.float16), TypeError, NO_FLOAT.format("float16")),
     # Also where it is no longer than a double.
     Defect("longdouble", lambda a: like(a, np.longdouble), TypeError, NO_FLOAT.format(r"\w*float\w*")),
     Defect("object", lambda a: like(a, object), TypeError, NO_FLOAT.format("object")),

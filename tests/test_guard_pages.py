@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from cases import (
+    CODED,
     DTYPES,
     OPTIONS,
     STREAMS,
@@ -117,7 +118,7 @@ def steps(
     forms: Sequence[str] = FORMS,
     placements: Sequence[str] = PLACEMENTS,
 ) -> None:
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, *CODED):
         for size in sizes:
             start = random_arrays(size, dtype)
             regions = regions_for(start)
@@ -147,7 +148,7 @@ def several_threads(log: Log, isa: str) -> None:
 
 def no_more_than_needed(log: Log, isa: str) -> None:
     """A gradient that cannot be written; streams that no option asks for, which cannot even be read."""
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, *CODED):
         for form in FORMS:
             log(f"{dtype.__name__}, {form}")
             start = random_arrays(1001, dtype)
@@ -167,7 +168,7 @@ def no_more_than_needed(log: Log, isa: str) -> None:
 
 def optimizer(log: Log, isa: str) -> None:
     """Adam checks, steps and zeroes; its own moments are where it wants them."""
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, *CODED):
         for placement in ("<>", "><", ">>", "<<"):
             log(f"{dtype.__name__}, placed {placement}")
             start = [random_arrays(size, dtype) for size in SMALL]

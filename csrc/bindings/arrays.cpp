@@ -3,6 +3,7 @@
 #include <pybind11/gil_safe_call_once.h>
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 
 #include "text.hpp"
@@ -25,13 +26,16 @@ std::string shape_text(const ArrayFacts& facts) {
   return "(" + list + ")";
 }
 
+constexpr int kRegistered = -1;  // by another package, with a number that it got then
 struct ElementType {
   DType dtype;
   const char* name;
   int numpy_type;
 };
 constexpr ElementType kElementTypes[] = {{kFloat32, "float32", npy_api::NPY_FLOAT_},
-                                         {kFloat64, "float64", npy_api::NPY_DOUBLE_}};
+                                         {kFloat64, "float64", npy_api::NPY_DOUBLE_},
+                                         {kFloat16, "float16", 23 /* NPY_HALF */},
+                                         {kBFloat16, "bfloat16", kRegistered}};
 constexpr bool element_types_are_in_order() {
   for (int i = 0; i < kDTypes; ++i) {
     if (kElementTypes[i].dtype != i) return false;
@@ -127,15 +131,30 @@ bool same_shape(const ArrayFacts& a, const ArrayFacts& b) {
   return true;
 }
 
+// The bfloat16 of ml_dtypes, which JAX and TensorFlow use too. Its number stays once it has one.
+bool is_bfloat16(const PyArrayDescr_Proxy* descr) {
+  constexpr int kFirstRegistered = 256;
+  static std::atomic<int> number{kRegistered};
+  if (descr->type_num < kFirstRegistered) return false;
+  if (descr->type_num == number.load(std::memory_order_relaxed)) return true;
+  const py::handle type(descr->typeobj);
+  if (text(type.attr("__name__")) != "bfloat16" || text(type.attr("__module__")) != "ml_dtypes") {
+    return false;
+  }
+  number.store(descr->type_num, std::memory_order_relaxed);
+  return true;
+}
+
 DType require_dtype(const PyArray_Proxy* array, const Place& place) {
   const auto* descr = reinterpret_cast<const PyArrayDescr_Proxy*>(array->descr);
   const auto* type = std::find_if(
       std::begin(kElementTypes), std::end(kElementTypes),
       [&](const ElementType& element) { return element.numpy_type == descr->type_num; });
   if (type == std::end(kElementTypes)) {
+    if (is_bfloat16(descr)) return kBFloat16;
     throw py::type_error(place.str() + " has dtype " + text(array->descr) +
-                         ", expected float32 or float64. Convert it once, with " +
-                         "a.astype(np.float32), and use the result.");
+                         ", expected float32, float64, float16 or bfloat16. Convert it once, " +
+                         "with a.astype(np.float32), and use the result.");
   }
   // NumPy writes '=' for native order, unless it was asked for by its own sign.
   const uint16_t one = 1;
@@ -229,16 +248,10 @@ class Difference {
   const Place* model_;
 };
 
-}  // namespace
-
-void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
-                  const Place* model_place) {
+// Its shape and the order of its elements.
+void require_same_form(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
+                       const Place* model_place) {
   const Difference differs(place, model_place);
-  if (array.dtype != model.dtype) {
-    throw py::type_error(
-        differs.of("has", "had", "dtype ", dtype_name(array.dtype), dtype_name(model.dtype)) +
-        (model_place != nullptr ? " Both must be the same." : ""));
-  }
   if (!same_shape(array, model)) {
     throw py::value_error(differs.of("has", "had", "shape ", shape_text(array), shape_text(model)));
   }
@@ -253,6 +266,32 @@ void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts&
         differs.of("is in", "was in", "", order(array), order(model)) +
         (model_place == nullptr ? "" : std::string(" Use ") + function + " on one of them."));
   }
+}
+
+}  // namespace
+
+void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
+                  const Place* model_place) {
+  const Difference differs(place, model_place);
+  if (array.dtype != model.dtype) {
+    throw py::type_error(
+        differs.of("has", "had", "dtype ", dtype_name(array.dtype), dtype_name(model.dtype)) +
+        (model_place != nullptr ? " Both must be the same." : ""));
+  }
+  require_same_form(array, place, model, model_place);
+}
+
+void require_grad(const ArrayFacts& grad, const Place& place, const ArrayFacts& param,
+                  const Place& param_place) {
+  if (grad.dtype != param.dtype && grad.dtype != dtype_of(kGrad, param.dtype)) {
+    const std::string both =
+        is_coded(param.dtype) ? " It must be that, or float32." : " Both must be the same.";
+    throw py::type_error(
+        Difference(place, &param_place)
+            .of("has", "had", "dtype ", dtype_name(grad.dtype), dtype_name(param.dtype)) +
+        both);
+  }
+  require_same_form(grad, place, param, &param_place);
 }
 
 py::object fresh_view(const py::object& array) { return array.attr("view")(); }

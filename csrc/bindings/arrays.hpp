@@ -42,8 +42,8 @@ struct ArrayFacts {
 // To be called once, when the module is loaded, before anything else of this file.
 void load_array_types();
 
-// The facts of an ndarray (or memmap) of native, aligned float32 or float64 elements in C or
-// Fortran order. Anything else: TypeError for a wrong type or dtype, else ValueError.
+// The facts of an ndarray (or memmap) of native, aligned elements of a DType, in C or Fortran
+// order. Anything else: TypeError for a wrong type or dtype, else ValueError.
 ArrayFacts array_facts(py::handle object, const Place& place);
 
 // ValueError where the array cannot be written; reason goes on "... is read-only, but".
@@ -54,6 +54,9 @@ void require_writeable(py::handle array, const Place& place, const char* reason)
 // made.
 void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
                   const Place* model_place);
+// A gradient of that param: one of 16 bits may have one of float32.
+void require_grad(const ArrayFacts& grad, const Place& place, const ArrayFacts& param,
+                  const Place& param_place);
 
 const char* dtype_name(DType dtype);
 py::dtype numpy_dtype(DType dtype);

@@ -4,17 +4,36 @@
 #include <algorithm>
 #include <exception>
 
+#include "../float_mode.hpp"
 #include "optimizer.hpp"
 #include "without_gil.hpp"
 
 namespace fused_adam {
 namespace {
 
-void exchange(Slot& slot) {
+// A param whose average is stored in another type takes its nearest numbers, and what they are
+// nearest to is kept.
+void exchange(Slot& slot, const StageTable& stages) {
+  const DType dtype = slot.layout().dtype;
+  const int64_t size = slot.layout().size, bytes = bytes_of(kEma, dtype, size);
   char* const param = static_cast<char*>(slot.streams.at[kParam]);
   char* const ema = static_cast<char*>(slot.streams.at[kEma]);
-  std::swap_ranges(param, param + bytes_of(kEma, slot.layout().dtype, slot.layout().size), ema);
   slot.holds_average = !slot.holds_average;
+  if (!is_coded(dtype)) {
+    std::swap_ranges(param, param + bytes, ema);
+    return;
+  }
+  const DefaultFloatMode mode;
+  const Convert decode = stages.decode[dtype - kComputed],
+                encode = stages.encode[dtype - kComputed];
+  if (slot.holds_average) {
+    memcpy(slot.kept_average.data(), ema, static_cast<size_t>(bytes));
+    decode(param, ema, size);
+    encode(slot.kept_average.data(), param, size);
+  } else {
+    encode(ema, param, size);
+    memcpy(ema, slot.kept_average.data(), static_cast<size_t>(bytes));
+  }
 }
 
 }  // namespace
@@ -38,8 +57,16 @@ py::list Optimizer::averages(py::handle param_groups) {
     }
     if (!slot.has_values(kEma)) {
       check_layout(slot);
-      const int64_t bytes = bytes_of(kEma, slot.layout().dtype, slot.layout().size);
-      memcpy(slot.streams.at[kEma], slot.streams.at[kParam], static_cast<size_t>(bytes));
+      const DType dtype = slot.layout().dtype;
+      const int64_t size = slot.layout().size;
+      void* const ema = slot.streams.at[kEma];
+      const void* const param = slot.streams.at[kParam];
+      if (is_coded(dtype)) {
+        const DefaultFloatMode mode;
+        isa_.stages->decode[dtype - kComputed](param, ema, size);
+      } else {
+        memcpy(ema, param, static_cast<size_t>(bytes_of(kEma, dtype, size)));
+      }
     }
     views.push_back(fresh_view(slot.array(kEma)));
   }
@@ -56,11 +83,14 @@ void Optimizer::use_averages(py::handle param_groups) {
   };
   for (Slot& slot : slots_) {
     if (differs(slot)) check_param(slot);
+    if (differs(slot) && is_coded(slot.layout().dtype)) {
+      slot.kept_average.resize(static_cast<size_t>(slot.layout().size));
+    }
   }
   if (!memory_is_indexed_) index_memory();
   const WithoutGil no_gil;
   for (Slot& slot : slots_) {
-    if (differs(slot)) exchange(slot);
+    if (differs(slot)) exchange(slot, *isa_.stages);
   }
   scope.leave_for(Use::kAverages);
 }
@@ -81,7 +111,8 @@ void Optimizer::use_params() {
       continue;
     }
     const WithoutGil no_gil;
-    exchange(slot);
+    exchange(slot, *isa_.stages);
+    slot.kept_average = {};
   }
   if (problem) std::rethrow_exception(problem);
   exclusive.leave_for(Use::kNone);

@@ -17,6 +17,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   const double scale = read_grad_scale(grad_scale);
   Streams streams = {};
   ArrayFacts param = {};
+  DType grad_dtype = kFloat32;
   Memory read = {};
   WrittenMemory written;
   for (const StreamInfo& info : kStreamTable) {
@@ -28,7 +29,19 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
     const Place name = {"", info.name, ""}, param_name = {"", "param", ""};
     const ArrayFacts facts = array_facts(array, name);
     if (info.stream == kParam) param = facts;
-    require_like(facts, name, param, &param_name);
+    if (info.stream == kGrad) {
+      require_grad(facts, name, param, param_name);
+      grad_dtype = facts.dtype;
+    } else {
+      ArrayFacts like = param;
+      like.dtype = dtype_of(info.stream, param.dtype);
+      if (is_coded(param.dtype) && facts.dtype != like.dtype) {
+        throw py::type_error(name.str() + " has dtype " + dtype_name(facts.dtype) + ", expected " +
+                             dtype_name(like.dtype) + " for a param of " + dtype_name(param.dtype) +
+                             ".");
+      }
+      require_like(facts, name, like, &param_name);
+    }
     if (info.access == Access::kUpdated) {
       require_writeable(array, name, "a step updates it in place.");
       written.add(facts.memory(), info.stream);
@@ -57,7 +70,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   wishes.add(hyper);
   plan.begin(wishes);
   plan.set_rule(hyper, step);
-  plan.add_array(streams, param.size, param.dtype);
+  plan.add_array(streams, param.size, param.dtype, grad_dtype);
   plan.end();
   const StageTable& stages = *isa_by_name(isa).stages;
   const WithoutGil no_gil;

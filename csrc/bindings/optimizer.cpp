@@ -107,7 +107,7 @@ void Optimizer::update_memory() {
 void Optimizer::check_grad(Slot& slot, py::handle array, const char* role) {
   const Place name = place(role, slot), param_name = place("", slot);
   const ArrayFacts grad = array_facts(array, name);
-  require_like(grad, name, slot.layout(), &param_name);
+  require_grad(grad, name, slot.layout(), param_name);
   int64_t owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
   if (owner != WrittenMemory::kNone) {
     // A param that is left out of this step may have moved since, and its old memory be this grad.
@@ -120,6 +120,7 @@ void Optimizer::check_grad(Slot& slot, py::handle array, const char* role) {
                           ", which a step writes. Pass a copy.");
   }
   slot.streams.at[kGrad] = grad.data;
+  slot.grad_dtype = grad.dtype;
 }
 
 void Optimizer::check_grads_are_writeable(const char* role, const char* why_written,
@@ -161,7 +162,7 @@ bool Optimizer::check_and_plan(const StepWishes& wishes) {
         step = slot.step + 1;
         plan_.set_rule(hypers_[g], step);
       }
-      plan_.add_array(slot.streams, slot.layout().size, slot.layout().dtype,
+      plan_.add_array(slot.streams, slot.layout().size, slot.layout().dtype, slot.grad_dtype,
                       keeps_ema && !slot.has_values(kEma));
     }
   }
@@ -239,8 +240,7 @@ void Optimizer::zero(py::handle grads) {
   const WithoutGil no_gil;
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (grads_[i].is_none()) continue;
-    const ArrayFacts& param = slots_[i].layout();
-    const int64_t bytes = bytes_of(kGrad, param.dtype, param.size);
+    const int64_t bytes = slots_[i].layout().size * size_of(slots_[i].grad_dtype);
     memset(slots_[i].streams.at[kGrad], 0, static_cast<size_t>(bytes));
   }
 }
@@ -277,7 +277,7 @@ void Optimizer::accumulate(py::handle sums, py::handle grads) {
       throw py::value_error(name.str() + " shares memory with opt.grads, to which it is added. " +
                             "Pass a copy.");
     }
-    all.add(grad.data, sum.data, sum.size, sum.dtype);
+    all.add(grad.data, grad.dtype, sum.data, sum.dtype, sum.size);
   }
   const WithoutGil no_gil;
   all.run(*isa_.stages, threads_);

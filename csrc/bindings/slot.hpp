@@ -49,11 +49,13 @@ class Slot {
   // Lists what a step may write. owner: its number for the first stream, counted on from there.
   void add_to(WrittenMemory& memory, int64_t owner);
 
-  Streams streams = {};  // param and grad: of the step that runs
+  Streams streams = {};         // param and grad: of the step that runs
+  DType grad_dtype = kFloat32;  // of the step that runs
   int64_t step = 0;
   const void* listed_data = nullptr;  // of param, by the last add_to
   size_t grad_hint = 0;               // for WrittenMemory::owner_of_overlap
   bool holds_average = false;         // param, whose values are in its average meanwhile
+  std::vector<float> kept_average;    // meanwhile, where param cannot hold all of it
   size_t group, tree, leaf;
 
  private:

@@ -23,6 +23,8 @@ using ScaleGrad = void (*)(const void* grad, void* scaled, int64_t count,
                            const GradCoefficientSet&);
 using ClearGrad = void (*)(void* grad, int64_t count);
 using AddGrad = void (*)(const void* grad, void* sum, int64_t count);
+// Elements of a stored type to float32, or the reverse.
+using Convert = void (*)(const void* from, void* to, int64_t count);
 // To add squares to the kNormLanes lanes of their block. position: of the first element in it.
 using AddSquares = void (*)(const void* grad, int64_t position, int64_t count, double* lanes);
 constexpr int64_t kNormBlock = 4096;  // elements
@@ -30,13 +32,15 @@ constexpr int kNormLanes = 16;        // sums that do not wait for each other: 8
 
 // The stages of one ISA. variants.hpp lists them; step.cpp puts steps together from them.
 struct StageTable {
-  Stage adam[kDTypes][2][2];  // with L2 decay, with amsgrad
-  Stage begin_average[kDTypes];
-  Stage average[kDTypes];
-  ClearGrad clear_grad[kDTypes];
-  ScaleGrad scale_grad[kDTypes][2];  // by a product; by a division
-  AddSquares add_squares[kDTypes];
-  AddGrad add_grad[kDTypes];
+  Stage adam[kComputed][2][2];  // with L2 decay, with amsgrad
+  Stage begin_average[kComputed];
+  Stage average[kComputed];
+  ClearGrad clear_grad[kComputed];
+  ScaleGrad scale_grad[kComputed][2];  // by a product; by a division
+  AddSquares add_squares[kComputed];
+  AddGrad add_grad[kComputed];
+  Convert decode[kCoded];
+  Convert encode[kCoded];
 };
 
 // One table per ISA, each compiled with flags of its own; dispatch.cpp says which exist.

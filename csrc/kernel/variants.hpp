@@ -5,6 +5,7 @@
 #include "add_kernel.hpp"
 #include "average_kernel.hpp"
 #include "clear_kernel.hpp"
+#include "convert_kernel.hpp"
 #include "norm_kernel.hpp"
 #include "scale_kernel.hpp"
 
@@ -16,7 +17,8 @@ namespace {
 template <class F32, class F64>
 constexpr StageTable stage_table() {
   // A type that is not in the lists would have null pointers, and a step crash.
-  static_assert(kDTypes == 2, "each stage needs a variant for each element type");
+  static_assert(kComputed == 2, "each stage needs a variant for each type that is computed in");
+  static_assert(kCoded == 2, "each other type needs what decodes and encodes it");
   return {
       //  l2     amsgrad
       {{{adam_stage<F32, false, false>, adam_stage<F32, false, true>},
@@ -30,6 +32,8 @@ constexpr StageTable stage_table() {
        {scale_grad<F64, false>, scale_grad<F64, true>}},
       {add_squares<F64, float>, add_squares<F64, double>},
       {add_grad<F32>, add_grad<F64>},
+      {decode<F32, Float16<F32>>, decode<F32, BFloat16<F32>>},
+      {encode<F32, Float16<F32>>, encode<F32, BFloat16<F32>>},
   };
 }
 

@@ -23,6 +23,13 @@ struct F32x8 {
   static F32x8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static F32x8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static F32x8 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+  static __m128i load16(const uint16_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  static F32x8 load_float16(const uint16_t* p) { return {_mm256_cvtph_ps(load16(p))}; }
+  static F32x8 load_bfloat16(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16))};
+  }
 };
 
 inline void store(float* p, F32x8 a) { _mm256_storeu_ps(p, a.v); }
@@ -38,6 +45,23 @@ inline F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 // VMAXPS loses a NaN in a; or with the lanes that have one, which are all ones, makes it NaN again.
 inline F32x8 max_or_nan(F32x8 a, F32x8 b) {
   return {_mm256_or_ps(_mm256_max_ps(a.v, b.v), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+
+inline void store_float16(uint16_t* p, F32x8 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_bfloat16(uint16_t* p, F32x8 a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i upper = _mm256_srli_epi32(bits, 16);
+  const __m256i even = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF));
+  const __m256i nearest = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i coded = _mm256_blendv_epi8(nearest, quiet, nan);
+  // Packed within each half of the register; then the first quarter of each, side by side.
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(coded, coded), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
 struct F64x4 {

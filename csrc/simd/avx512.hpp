@@ -2,6 +2,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <stdint.h>
 
 namespace fused_adam {
 namespace {
@@ -15,6 +16,16 @@ struct F32x16 {
   static F32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static F32x16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  // As in F64x8::load, here and below: a mask that masks nothing.
+  static constexpr __mmask16 kAll = 0xFFFF;
+  static __m256i load16(const uint16_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static F32x16 load_float16(const uint16_t* p) { return {_mm512_maskz_cvtph_ps(kAll, load16(p))}; }
+  static F32x16 load_bfloat16(const uint16_t* p) {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, load16(p));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16))};
+  }
 };
 
 inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
@@ -31,6 +42,23 @@ inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 max_or_nan(F32x16 a, F32x16 b) {
   const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
   return {_mm512_mask_max_ps(a.v, number, a.v, b.v)};
+}
+
+inline void store_float16(uint16_t* p, F32x16 a) {
+  const __m256i coded = _mm512_maskz_cvtps_ph(F32x16::kAll, a.v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), coded);
+}
+// The conversion of AVX512_BF16 flushes subnormal numbers: in integers, as everywhere.
+inline void store_bfloat16(uint16_t* p, F32x16 a) {
+  constexpr __mmask16 all = F32x16::kAll;
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i upper = _mm512_maskz_srli_epi32(all, bits, 16);
+  const __m512i even = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF));
+  const __m512i nearest = _mm512_maskz_srli_epi32(all, _mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i coded = _mm512_mask_or_epi32(nearest, nan, upper, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(all, coded));
 }
 
 struct F64x8 {

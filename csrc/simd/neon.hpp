@@ -16,6 +16,12 @@ struct F32x4 {
 
   static F32x4 broadcast(float x) { return {vdupq_n_f32(x)}; }
   static F32x4 load(const float* p) { return {vld1q_f32(p)}; }
+  static F32x4 load_float16(const uint16_t* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))};
+  }
+  static F32x4 load_bfloat16(const uint16_t* p) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))};
+  }
   static F32x4 load_n(const float* p, int n) {
     float lanes[width] = {};
     memcpy(lanes, p, static_cast<size_t>(n) * sizeof(float));
@@ -43,6 +49,18 @@ inline F32x4 max(F32x4 a, F32x4 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v,
 inline F32x4 max_or_nan(F32x4 a, F32x4 b) {
   const uint32x4_t number = vceqq_f32(a.v, a.v);
   return {vbslq_f32(vornq_u32(vcgtq_f32(a.v, b.v), number), a.v, b.v)};
+}
+
+inline void store_float16(uint16_t* p, F32x4 a) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
+}
+inline void store_bfloat16(uint16_t* p, F32x4 a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+  const uint32x4_t upper = vshrq_n_u32(bits, 16);
+  const uint32x4_t half = vaddq_u32(vandq_u32(upper, vdupq_n_u32(1)), vdupq_n_u32(0x7FFF));
+  const uint32x4_t nearest = vshrq_n_u32(vaddq_u32(bits, half), 16);
+  const uint32x4_t quiet = vorrq_u32(upper, vdupq_n_u32(0x40));
+  vst1_u16(p, vmovn_u32(vbslq_u32(vceqq_f32(a.v, a.v), nearest, quiet)));
 }
 
 struct F64x2 {

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
+#include <string.h>
 
 namespace fused_adam {
 namespace {
@@ -19,6 +21,8 @@ struct F32x1 {
   static F32x1 broadcast(float x) { return {x}; }
   static F32x1 load(const float* p) { return {*p}; }
   static F32x1 load_n(const float* p, int) { return {*p}; }
+  static F32x1 load_float16(const uint16_t* p);
+  static F32x1 load_bfloat16(const uint16_t* p);
 };
 
 inline void store(float* p, F32x1 a) { *p = a.v; }
@@ -35,6 +39,48 @@ inline F32x1 flip_sign(F32x1 a, F32x1 b) { return {a.v * ::copysignf(1.0f, b.v)}
 inline F32x1 max(F32x1 a, F32x1 b) { return a.v > b.v ? a : b; }
 // The larger of the two; b where they are equal; NaN where either is.
 inline F32x1 max_or_nan(F32x1 a, F32x1 b) { return a.v > b.v || a.v != a.v ? a : b; }
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// A 16-bit number has as many bits of a float32, which has all of them.
+inline F32x1 F32x1::load_bfloat16(const uint16_t* p) {
+  return {float_of(static_cast<uint32_t>(*p) << 16)};
+}
+inline F32x1 F32x1::load_float16(const uint16_t* p) {
+  const uint32_t sign = (*p & 0x8000u) << 16, exponent = *p >> 10 & 31u, fraction = *p & 0x3FFu;
+  if (exponent == 0) return {::copysignf(static_cast<float>(fraction) * 0x1p-24f, float_of(sign))};
+  const uint32_t quiet = exponent == 31 && fraction != 0 ? 0x400000u : 0;
+  return {float_of(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13 | quiet)};
+}
+// To the nearest, of two equally near ones to the one with an even last bit; a NaN is quiet.
+inline void store_bfloat16(uint16_t* p, F32x1 a) {
+  const uint32_t bits = bits_of(a.v);
+  const uint32_t nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  *p = static_cast<uint16_t>(a.v != a.v ? bits >> 16 | 0x40 : nearest);
+}
+inline void store_float16(uint16_t* p, F32x1 a) {
+  const uint32_t bits = bits_of(a.v), sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+  uint32_t coded;
+  if (size > 0x7F800000) {
+    coded = 0x7E00 | (size >> 13 & 0x3FF);
+  } else if (size >= 0x477FF000) {  // 65520: from here on infinity is as near
+    coded = 0x7C00;
+  } else if (size >= 0x38800000) {
+    coded = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13;
+  } else {  // 0.5 has the last bit of subnormal numbers, 2**-24
+    coded = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
+  }
+  *p = static_cast<uint16_t>(sign | coded);
+}
 
 struct F64x1 {
   using Scalar = double;

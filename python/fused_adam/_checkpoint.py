@@ -218,7 +218,9 @@ def _read_entry(
     entry: Entry = {"step": _read_step(saved["step"], f"{where}['step']")}
     for name in STATE:
         if name in saved:
-            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", *layouts[name][:2])
+            dtype, shape, _ = layouts[name]
+            # PyTorch's are stored as the parameter is.
+            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", dtype, shape, layouts["param"][0])
     return entry
 
 
@@ -232,17 +234,24 @@ def _read_step(value: Any, where: str) -> int:
     return int(value)
 
 
-def _read_array(value: Any, where: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _read_array(
+    value: Any, where: str, dtype: str, shape: tuple[int, ...], narrower: str
+) -> npt.NDArray[Any]:
     array = value
     if hasattr(value, "detach"):  # a tensor
+        tensor = value.detach().cpu()
+        if dtype == "float32" and str(tensor.dtype) == f"torch.{narrower}":
+            tensor = tensor.float()  # exact; and bfloat16 is none of NumPy's own
         try:
-            array = value.detach().cpu().numpy()
+            array = tensor.numpy()
         except TypeError:
             _require(False, f"{where} has dtype {value.dtype}, which NumPy has not", TypeError)
     elif not isinstance(value, np.ndarray) and hasattr(value, "__array__"):
         array = np.asarray(value)
     is_array = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
     _require(is_array, f"{where} must be an array, got {type(value).__name__}", TypeError)
+    if str(array.dtype) == narrower:
+        array = array.astype(dtype)
     _require(array.dtype == dtype, f"{where} has dtype {array.dtype}, expected {dtype}", TypeError)
     _require(array.shape == shape, f"{where} has shape {array.shape}, expected {shape}")
     # A view may be of our own moments, from opt.state, and be overwritten before it is read.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 EpsMode: TypeAlias = Literal["outside", "hat", "root"]
-Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+# Or of ml_dtypes.bfloat16, of which type checkers know nothing here.
+Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.float16]
 LearningRate: TypeAlias = "float | Callable[[int], float]"
 # One array, or containers of arrays.
 Params: TypeAlias = "Array | Iterable[Params] | Mapping[Any, Params]"
@@ -56,6 +57,8 @@ class Adam:
         The arrays to train, updated in place: one array; lists, tuples and dicts of arrays, nested as
         you like; or parameter groups, a list of dicts with a key ``"params"`` and options of their own.
         Arrays are float32 or float64, in C or Fortran order, aligned, writeable, of native byte order.
+        Or float16 or bfloat16 (of ml_dtypes): then the step is that of float32, with moments and averages in
+        float32, and what comes out is rounded to the nearest, of two equally near ones to the even one.
     lr : float or function, default 1e-3
         Learning rate, >= 0. Or a function that gives it for the number of steps made before, from 0, as
         those of :mod:`fused_adam.schedules`: each step asks it, with :attr:`steps`.
@@ -201,9 +204,10 @@ class Adam:
         Parameters
         ----------
         grads : like params
-            The gradients, in the structure of `params`; with parameter groups, a list with an entry for
-            each group. A parameter whose entry is None is left out: it, its state and its step count
-            stay as they are. By default the buffers of :attr:`grads`.
+            The gradients, in the structure of `params` and with their dtypes (or float32, where these are of
+            16 bits); with parameter groups, a list with an entry for each group. A parameter whose entry is
+            None is left out: it, its state and its step count stay as they are. By default the buffers of
+            :attr:`grads`.
         zero_grad : bool, default False
             Set the gradients to zeros as soon as they are used, in the same pass over memory. They are
             written then, so they must be writeable, and no two may share memory. Also where the step is
@@ -270,6 +274,8 @@ class Adam:
     @property
     def grads(self) -> Any:
         """Gradients in the structure of `params`: buffers of zeros, made on first use, or what you set.
+
+        Those that are made are float32 for parameters of 16 bits: many small gradients can be added up.
 
         ``opt.zero_grad()``, then ``opt.grads["w"] += ...``, then ``opt.step()``.
         """

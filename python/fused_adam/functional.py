@@ -44,8 +44,9 @@ def adam_step(
     Parameters
     ----------
     param, grad, exp_avg, exp_avg_sq : numpy.ndarray
-        Of one shape and one dtype (float32 or float64), contiguous in the same order. The two averages
-        are zeros before the first step.
+        Of one shape and one dtype (float32 or float64), contiguous in the same order; where `param` is
+        float16 or bfloat16, `grad` is that or float32, and all else float32. The two averages are zeros
+        before the first step.
     step : int
         The number of this step, counted from 1. It decides the bias corrections.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, ema_decay
@@ -57,7 +58,7 @@ def adam_step(
     max_exp_avg_sq : numpy.ndarray, optional
         Like `exp_avg_sq`; needed for `amsgrad`.
     ema : numpy.ndarray, optional
-        Like `param`, and a copy of it before the first step; needed for `ema_decay`.
+        Like `exp_avg`, and a copy of `param` before the first step; needed for `ema_decay`.
     grad_scale : float, optional
         Divide the gradient by it first, as in :meth:`fused_adam.Adam.step`.
     zero_grad : bool, default False

@@ -67,13 +67,12 @@ DEFECTS: dict[str, tuple[Callable[[np.ndarray], Any], type[Exception], str]] = {
         f"dtype {dtype}": (
             lambda a, dtype=dtype: filled(a, dtype),
             TypeError,
-            "has dtype .*, expected float32 or float64",
+            "has dtype .*, expected float32, float64, float16 or bfloat16",
         )
         for dtype in (
             "i1",
             "u4",
             "i8",
-            "f2",
             "g",
             "c8",
             "c16",
