@@ -23,7 +23,7 @@ void GradSums::run(const StageTable& table, const Threads& threads) const noexce
       if (is_coded(sum.dtype)) {
         decoded(table, sum.dtype, total, count, sum_tile);
         table.add_grad[computed_in(sum.dtype)](grad, sum_tile.bytes, count);
-        encode(table, sum.dtype, sum_tile, total, count);
+        encode(table, sum.dtype, sum_tile.bytes, total, count);
       } else {
         table.add_grad[sum.dtype](grad, total, count);
       }

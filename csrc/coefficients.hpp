@@ -30,6 +30,7 @@ struct HyperParameters {
   bool skip_nonfinite = false;
   EpsMode eps_mode = kOutside;
   bool bias_correction = true;
+  bool master_weights = false;
 
   constexpr bool keeps_ema() const { return ema_decay >= 0.0; }
   constexpr bool clips_norm() const { return max_norm >= 0.0; }

@@ -60,12 +60,13 @@ void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
                     l2,
                     hyper.amsgrad,
                     hyper.keeps_ema(),
+                    hyper.master_weights,
                     {},
                     {}});
 }
 
 void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, DType grad_dtype,
-                         bool begins_ema) {
+                         unsigned begins) {
   if (size == 0) return;
   int64_t line_end = lines_of(dtype, size), element_end = size;
   if (!arrays_.empty()) {
@@ -73,7 +74,7 @@ void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, DTyp
     element_end += arrays_.back().element_end;
   }
   const auto rule = static_cast<uint32_t>(rules_.size() - 1);
-  arrays_.push_back({streams, size, line_end, element_end, rule, dtype, grad_dtype, begins_ema});
+  arrays_.push_back({streams, size, line_end, element_end, rule, dtype, grad_dtype, begins});
 }
 
 void StepPlan::end() {
@@ -123,7 +124,7 @@ StepPlan::Stages StepPlan::stages_of(const ArrayUpdate& array,
   const Rule& rule = rules_[array.rule];
   const DType computed = computed_in(array.dtype);
   Stages stages;
-  if (array.begins_ema) stages.add(table.begin_average[computed]);
+  if ((array.begins >> kEma & 1u) != 0) stages.add(table.begin_average[computed]);
   stages.add(table.adam[computed][rule.l2][rule.amsgrad]);
   if (rule.ema) stages.add(table.average[computed]);
   return stages;
@@ -172,11 +173,13 @@ void StepPlan::run_tiles(const ArrayUpdate& array, const Stages& stages, const S
     }
     piece.at[kGrad] = const_cast<void*>(taken);  // which no stage writes
     if (is_coded(array.dtype)) {
-      decoded(table, array.dtype, param, count, param_tile);
-      piece.at[kParam] = param_tile.bytes;
+      piece.at[kParam] = rule.masters ? piece.at[kMasterParam] : param_tile.bytes;
+      if (!rule.masters || (array.begins >> kMasterParam & 1u) != 0) {
+        table.decode[array.dtype - kComputed](param, piece.at[kParam], count);
+      }
     }
     for (int i = 0; i < stages.count; ++i) stages.at[i](piece, count, rule.coefficients);
-    if (is_coded(array.dtype)) encode(table, array.dtype, param_tile, param, count);
+    if (is_coded(array.dtype)) encode(table, array.dtype, piece.at[kParam], param, count);
     if (wishes_.zero_grad) clear(table, array.grad_dtype, grad, count);
   }
 }

@@ -38,9 +38,9 @@ class StepPlan {
   // The arrays that are added next take this step, counted from 1, with these options.
   void set_rule(const HyperParameters& hyper, int64_t step);
 
-  // dtype: of param. begins_ema: there are no averages of it yet.
+  // dtype: of param. begins: the streams that begin as copies of it in this step, a bit for each.
   void add_array(const Streams& streams, int64_t size, DType dtype, DType grad_dtype,
-                 bool begins_ema = false);
+                 unsigned begins = 0);
 
   // No more arrays: makes room for what is measured.
   void end();
@@ -60,12 +60,12 @@ class StepPlan {
     int64_t element_end;  // elements, likewise
     uint32_t rule;
     DType dtype, grad_dtype;
-    bool begins_ema;
+    unsigned begins;
   };
   struct Rule {
     CoefficientSet coefficients;
     double max_norm, clip_value;  // HyperParameters::kNone: none
-    bool l2, amsgrad, ema;
+    bool l2, amsgrad, ema, masters;
     bool scales_grad[kComputed];
     GradCoefficientSet grad;  // only where it scales
   };

@@ -31,20 +31,23 @@ struct StreamInfo {
   int format;              // the first one of checkpoint files that has it
   const char* option;      // the one that asks for it; null where every step needs it
   bool (*wanted)(const HyperParameters&);  // is it asked for?
+  bool coded_only;                         // only params that are coded have it
 };
 
 constexpr bool always(const HyperParameters&) { return true; }
 constexpr bool with_amsgrad(const HyperParameters& hyper) { return hyper.amsgrad; }
 constexpr bool with_ema(const HyperParameters& hyper) { return hyper.keeps_ema(); }
+constexpr bool with_masters(const HyperParameters& hyper) { return hyper.master_weights; }
 
 // clang-format off
 constexpr StreamInfo kStreamTable[kStreams] = {
-    {kParam,       "param",          Access::kUpdated, Initial::kCallers,     1,    0, 1, nullptr,     always},
-    {kGrad,        "grad",           Access::kRead,    Initial::kCallers,     1, 2560, 1, nullptr,     always},
-    {kExpAvg,      "exp_avg",        Access::kUpdated, Initial::kZeros,       1, 1024, 1, nullptr,     always},
-    {kExpAvgSq,    "exp_avg_sq",     Access::kUpdated, Initial::kZeros,       1, 2048, 1, nullptr,     always},
-    {kMaxExpAvgSq, "max_exp_avg_sq", Access::kUpdated, Initial::kZeros,       1, 3072, 1, "amsgrad",   with_amsgrad},
-    {kEma,         "ema",            Access::kUpdated, Initial::kCopyOfParam, 1,  512, 2, "ema_decay", with_ema},
+    {kParam,       "param",          Access::kUpdated, Initial::kCallers,     1,    0, 1, nullptr,          always,       false},
+    {kGrad,        "grad",           Access::kRead,    Initial::kCallers,     1, 2560, 1, nullptr,          always,       false},
+    {kExpAvg,      "exp_avg",        Access::kUpdated, Initial::kZeros,       1, 1024, 1, nullptr,          always,       false},
+    {kExpAvgSq,    "exp_avg_sq",     Access::kUpdated, Initial::kZeros,       1, 2048, 1, nullptr,          always,       false},
+    {kMaxExpAvgSq, "max_exp_avg_sq", Access::kUpdated, Initial::kZeros,       1, 3072, 1, "amsgrad",        with_amsgrad, false},
+    {kEma,         "ema",            Access::kUpdated, Initial::kCopyOfParam, 1,  512, 2, "ema_decay",      with_ema,     false},
+    {kMasterParam, "master_param",   Access::kUpdated, Initial::kCopyOfParam, 1, 1536, 2, "master_weights", with_masters, true},
 };
 // clang-format on
 
@@ -58,16 +61,7 @@ static_assert(table_is_in_order(), "kStreamTable is indexed by Stream");
 
 constexpr bool is_ours(const StreamInfo& info) { return info.initial != Initial::kCallers; }
 
-// The streams of ours that steps with these options need: a bit for each.
-inline unsigned wanted_streams(const HyperParameters& hyper) {
-  unsigned wanted = 0;
-  for (const StreamInfo& info : kStreamTable) {
-    if (is_ours(info) && info.wanted(hyper)) wanted |= 1u << info.stream;
-  }
-  return wanted;
-}
-
-// These two have no default: what is forgotten in them does not compile (-Werror=switch).
+// These have no default: what is forgotten in them does not compile (-Werror=switch).
 
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -96,6 +90,25 @@ constexpr DType computed_in(DType stored) {
 }
 constexpr bool is_coded(DType stored) { return computed_in(stored) != stored; }
 
+// The streams of ours that steps with these options need for a param of that type: a bit for each.
+inline unsigned wanted_streams(const HyperParameters& hyper, DType param) {
+  unsigned wanted = 0;
+  for (const StreamInfo& info : kStreamTable) {
+    if (info.coded_only && !is_coded(param)) continue;
+    if (is_ours(info) && info.wanted(hyper)) wanted |= 1u << info.stream;
+  }
+  return wanted;
+}
+
+// Those that begin as copies of param: a bit for each.
+constexpr unsigned copies_of_param() {
+  unsigned copies = 0;
+  for (const StreamInfo& info : kStreamTable) {
+    if (info.initial == Initial::kCopyOfParam) copies |= 1u << info.stream;
+  }
+  return copies;
+}
+
 // What the entries of a stream of ours are stored as, for a param of that type: a gradient of the
 // caller may be stored as param is, too.
 constexpr DType dtype_of(Stream stream, DType param) {
@@ -107,6 +120,7 @@ constexpr DType dtype_of(Stream stream, DType param) {
     case kExpAvgSq:
     case kMaxExpAvgSq:
     case kEma:  // likewise
+    case kMasterParam:
       return computed_in(param);
   }
   return param;

@@ -5,8 +5,8 @@
 
 namespace fused_adam {
 
-enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEma };
-constexpr int kStreams = kEma + 1;
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEma, kMasterParam };
+constexpr int kStreams = kMasterParam + 1;
 
 // What elements are stored as. The first of them are what is computed in; the others are decoded to
 // float32 before, and encoded after.

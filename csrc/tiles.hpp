@@ -27,9 +27,9 @@ inline const void* decoded(const StageTable& table, DType dtype, const void* ele
   return tile.bytes;
 }
 
-inline void encode(const StageTable& table, DType dtype, const Tile& tile, void* elements,
+inline void encode(const StageTable& table, DType dtype, const void* numbers, void* elements,
                    int64_t count) noexcept {
-  table.encode[dtype - kComputed](tile.bytes, elements, count);
+  table.encode[dtype - kComputed](numbers, elements, count);
 }
 
 }  // namespace fused_adam

@@ -87,6 +87,7 @@ def _options() -> dict[str, dict[str, Any]]:
         "decoupled-of-0": {"decoupled_weight_decay": True},
         "decoupled-to-0": {"lr": 1.0, "weight_decay": 1.0, "decoupled_weight_decay": True},
         "ema=0.999": {"ema_decay": 0.999},
+        "master_weights": {"master_weights": True},
         "ema=0.3": {"ema_decay": 0.3},
         "ema=0.5+1e-12": {"ema_decay": 0.5 + 1e-12},  # as a float32, 1 - ema_decay is 0.5
         "ema=0": {"ema_decay": 0.0},

@@ -24,7 +24,7 @@ struct Row {
   const char* form;
   void (*set)(HyperParameters&);  // what it changes of the options in digest()
   uint64_t expected[2];
-  bool zero_grad = false, begins_ema = false;
+  bool zero_grad = false, begins = false;  // those streams that begin as copies
   double grad_scale = 1.0;
 };
 
@@ -129,6 +129,14 @@ const Row kCodedRows[] = {
      false,
      true,
      1024.0},
+    {"master weights, l2",
+     [](HyperParameters& h) { h.weight_decay = 0.01, h.master_weights = true; },
+     {0x23D49F331DB169CE, 0xDC49D3731B11969D}},
+    {"master weights and ema begin",
+     [](HyperParameters& h) { h.ema_decay = 0.9, h.master_weights = true; },
+     {0x0CDE70BD845EAB09, 0xC7F2E4AC612D64E2},
+     false,
+     true},
 };
 
 // xorshift64*, by G. Marsaglia and S. Vigna: the same numbers everywhere.
@@ -228,7 +236,8 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
     wishes.add(hyper);
     plan.begin(wishes);
     plan.set_rule(hyper, 1 + 7 * round);
-    plan.add_array(streams, length, dtype, dtype, row.begins_ema);
+    const unsigned begins = row.begins ? copies_of_param() : 0;
+    plan.add_array(streams, length, dtype, dtype, begins);
     plan.end();
     const Threads some = {Threads::kTeam, threads};
     const StepReport report = plan.measure(stages, some);

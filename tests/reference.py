@@ -47,6 +47,7 @@ def adam(
     exp_avg_sq,
     max_exp_avg_sq,
     ema,
+    master_param=None,
     *,
     step,
     lr,
@@ -62,19 +63,21 @@ def adam(
     skip_nonfinite,
     eps_mode,
     bias_correction,
+    master_weights,
     grad_scale=None,
     grad_norm=None,
 ):
-    """One step: the new param, exp_avg, exp_avg_sq, max_exp_avg_sq (without amsgrad: the old one) and ema
-    (without ema_decay: the old one).
+    """One step: the new param, exp_avg, exp_avg_sq, max_exp_avg_sq (without amsgrad: the old one), ema
+    (without ema_decay: the old one) and master_param (likewise, or where param is computed in itself).
 
     grad_norm: of all gradients, where this one is not the only one.
     """
-    stored = param.dtype
-    param, grad = decoded(param), decoded(grad)
+    stored, all_given = param.dtype, (param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, master_param)
+    has_master = master_weights and stored != COMPUTED_IN[stored]
+    param, grad = master_param if has_master else decoded(param), decoded(grad)
     grad = unscaled(grad, grad_scale)
     if skip_nonfinite and not np.isfinite(grad).all():
-        return encoded(param, stored), exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+        return all_given
     if max_norm is not None and grad_norm is None:
         grad_norm = global_norm([grad])
     grad = clipped(grad, max_norm, clip_value, grad_norm)
@@ -106,7 +109,8 @@ def adam(
         param = param + k.neg_step_size * exp_avg / denominator
         if ema_decay is not None:
             ema = lerp(ema, param, k.ema_weight)
-    return encoded(param, stored), exp_avg, exp_avg_sq, max_exp_avg_sq, ema
+    master_param = param if has_master else master_param
+    return encoded(param, stored), exp_avg, exp_avg_sq, max_exp_avg_sq, ema, master_param
 
 
 def decoded(array):

@@ -59,7 +59,7 @@ def test_equals_the_reference_over_many_steps(decay: float, dtype: Any) -> None:
         opt.step(grad)
         expected = list(reference.adam(expected[0], grad, *expected[1:], step=step, **options))
         assert_same_array(param, expected[0], f"param after step {step}")
-        assert_same_array(opt.ema, expected[-1], f"ema after step {step}")
+        assert_same_array(opt.ema, expected[4], f"ema after step {step}")
 
 
 @pytest.mark.slow
@@ -876,7 +876,7 @@ def test_adam_step() -> None:
     arrays = random_arrays(100, np.float32)
     expected = reference.adam(*arrays, step=3, **{**DEFAULTS, "ema_decay": 0.9})
     fused_adam.adam_step(*arrays[:4], ema=arrays.ema, ema_decay=0.9, step=3)
-    assert_same_array(arrays.ema, expected[-1])
+    assert_same_array(arrays.ema, expected[4])
     before = arrays.ema.copy()
     fused_adam.adam_step(*arrays[:4], ema=arrays.ema, step=4)  # there, but not asked for
     assert_same_array(arrays.ema, before)

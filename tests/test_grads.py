@@ -462,7 +462,9 @@ def test_steps_of_all_options_compose() -> None:
             info = opt.step(grads, grad_scale=grad_scale, zero_grad=zero)
             assert info == (StepInfo(False, float(norm)) if clip or skip else StepInfo())
             assert zero != any(grad.any() for grad in grads)
-        for param, entry, (p, m, v, v_max, average) in zip(params, opt.state.values(), expected, strict=True):
+        for param, entry, (p, m, v, v_max, average, _) in zip(
+            params, opt.state.values(), expected, strict=True
+        ):
             assert_same_bits([param, entry["exp_avg"], entry["exp_avg_sq"]], [p, m, v])
             assert not amsgrad or entry["max_exp_avg_sq"].tobytes() == v_max.tobytes()
             assert not ema or entry["ema"].tobytes() == average.tobytes()

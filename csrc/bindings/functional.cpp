@@ -23,7 +23,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   for (const StreamInfo& info : kStreamTable) {
     const py::object array = dict_item(arrays, py::str(info.name));
     if (info.option != nullptr && array.is_none()) {
-      if (!info.wanted(hyper)) continue;
+      if ((wanted_streams(hyper, param.dtype) >> info.stream & 1u) == 0) continue;
       throw py::value_error(std::string(info.option) + " needs " + info.name + ".");
     }
     const Place name = {"", info.name, ""}, param_name = {"", "param", ""};

@@ -29,6 +29,7 @@ py::list streams_for_python() {
     row["name"] = info.name;
     row["ours"] = is_ours(info);
     row["copy_of_param"] = info.initial == Initial::kCopyOfParam;
+    row["coded_only"] = info.coded_only;
     row["elements_per_entry"] = info.elements_per_entry;
     row["format"] = info.format;
     row["option"] = info.option == nullptr ? py::object(py::none()) : py::str(info.option);

@@ -65,7 +65,9 @@ void Optimizer::index_memory() {
 
 std::vector<unsigned> Optimizer::wanted_by_options() const {
   std::vector<unsigned> wanted;
-  for (const Slot& slot : slots_) wanted.push_back(wanted_streams(hypers_[slot.group]));
+  for (const Slot& slot : slots_) {
+    wanted.push_back(wanted_streams(hypers_[slot.group], slot.layout().dtype));
+  }
   return wanted;
 }
 
@@ -149,21 +151,22 @@ bool Optimizer::check_and_plan(const StepWishes& wishes) {
   unsigned missing = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
-    const bool keeps_ema = hypers_[g].keeps_ema();
-    const unsigned wanted = wanted_streams(hypers_[g]);
+    unsigned wanted[kDTypes];
+    for (int i = 0; i < kDTypes; ++i) wanted[i] = wanted_streams(hypers_[g], static_cast<DType>(i));
     int64_t step = -1;  // of the rule that was set last; most params share one
     for (size_t i = group.first; i < group.first + group.count; ++i) {
       if (grads_[i].is_none()) continue;
       Slot& slot = slots_[i];
       check_param(slot);
       check_grad(slot, grads_[i]);
-      missing |= slot.missing(wanted);
+      const unsigned wanted_here = wanted[slot.layout().dtype];
+      missing |= slot.missing(wanted_here);
       if (slot.step + 1 != step) {
         step = slot.step + 1;
         plan_.set_rule(hypers_[g], step);
       }
       plan_.add_array(slot.streams, slot.layout().size, slot.layout().dtype, slot.grad_dtype,
-                      keeps_ema && !slot.has_values(kEma));
+                      slot.beginning(wanted_here));
     }
   }
   plan_.end();
@@ -218,11 +221,14 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
   }
   steps_.store(steps_ + 1, std::memory_order_relaxed);  // only here, and in exclusive use
   for (size_t g = 0; g < groups_.size(); ++g) {
-    const bool keeps_ema = hypers_[g].keeps_ema();
+    unsigned begun = 0;
+    for (const StreamInfo& info : kStreamTable) {
+      if (info.wanted(hypers_[g])) begun |= 1u << info.stream;
+    }
     for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
       if (grads_[i].is_none()) continue;
       slots_[i].step += 1;
-      if (keeps_ema) slots_[i].set_values(kEma, true);
+      slots_[i].have_begun(begun);
     }
   }
   return report;

@@ -71,7 +71,7 @@ void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const S
     if (leaves.empty()) throw std::logic_error("a group of no leaves");
     const size_t number = groups_.size() + groups.size();
     const std::string name = "param_groups[" + std::to_string(number) + "]";
-    const unsigned streams = wanted_streams(reader_.read(options, name, steps_));
+    const HyperParameters hyper = reader_.read(options, name, steps_);
     py::tuple params(leaves.size());
     for (size_t i = 0; i < leaves.size(); ++i) params[i] = tree.structure->leaves().at(leaves[i]);
     groups.push_back({params, name, first + added.size(), leaves.size()});
@@ -81,7 +81,7 @@ void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const S
       slot_of[leaf] = added.size();
       const Place here = place_in(tree, "", leaf);
       added.emplace_back(params[i], here, number, trees_.size(), leaf);
-      wanted.push_back(streams);
+      wanted.push_back(wanted_streams(hyper, added.back().layout().dtype));
       if (!frozen) {
         require_writeable(params[i], here,
                           "is to be updated in place. Use a.setflags(write=True).");

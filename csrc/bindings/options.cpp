@@ -192,6 +192,7 @@ const std::vector<OptionInfo>& option_table() {
       {"skip_nonfinite", Kind::kFlag, 2, nullptr, &H::skip_nonfinite},
       {"eps_mode", Kind::kEpsMode, 2, nullptr, nullptr},
       {"bias_correction", Kind::kFlag, 2, nullptr, &H::bias_correction},
+      {"master_weights", Kind::kFlag, 2, nullptr, &H::master_weights},
   };
   return table;
 }

@@ -41,6 +41,11 @@ class Slot {
   void set_values(Stream stream, bool there) {
     awaited_ = there ? awaited_ & ~(1u << stream) : awaited_ | 1u << stream;
   }
+  // Of these streams, a bit for each, those that a step begins as copies of param; and when it did.
+  unsigned beginning(unsigned wanted) const {
+    return wanted & missing_values() & copies_of_param();
+  }
+  void have_begun(unsigned streams) { awaited_ &= ~streams; }
 
   // As loaded: this many steps, and values in these streams, a bit for each. The others are as at
   // the beginning.

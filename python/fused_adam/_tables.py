@@ -24,6 +24,7 @@ class Stream(NamedTuple):
     name: str
     ours: bool  # made by the optimizer, and part of its state
     copy_of_param: bool  # it begins as one, with the first step; else as zeros
+    coded_only: bool  # only parameters of 16 bits have it
     elements_per_entry: int
     format: int  # of checkpoint files: the first one that has it
     option: str | None  # the one that asks for it

@@ -101,6 +101,10 @@ class Adam:
     bias_correction : bool, default True
         False: take both averages as they are, although they started at zero: ``1 - beta1**t`` and
         ``1 - beta2**t`` are 1.
+    master_weights : bool, default False
+        For parameters of 16 bits, keep a float32 copy, ``opt.state[i]["master_param"]``, which is what
+        steps update; the parameter is rounded from it after each step, and is read only as the first step
+        begins. Other parameters need none.
     no_decay : str, list of str or function, optional
         Parameters that are not to decay, biases and norms usually. Patterns of their names as in
         :attr:`state`, ``["bias", "*norm*"]``: each matches a whole name or its end after a dot, with ``*``,
@@ -171,6 +175,7 @@ class Adam:
         skip_nonfinite: bool = False,
         eps_mode: EpsMode = "outside",
         bias_correction: bool = True,
+        master_weights: bool = False,
         no_decay: NoDecay | None = None,
         num_threads: int | None = None,
     ) -> None:

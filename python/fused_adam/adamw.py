@@ -20,7 +20,7 @@ class AdamW(Adam):
     ----------
     params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite
         As in :class:`Adam`.
-    eps_mode, bias_correction, no_decay, num_threads
+    eps_mode, bias_correction, master_weights, no_decay, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -49,6 +49,7 @@ class AdamW(Adam):
         skip_nonfinite: bool = False,
         eps_mode: EpsMode = "outside",
         bias_correction: bool = True,
+        master_weights: bool = False,
         no_decay: NoDecay | None = None,
         num_threads: int | None = None,
     ) -> None:

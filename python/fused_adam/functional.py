@@ -31,8 +31,10 @@ def adam_step(
     skip_nonfinite: bool = False,
     eps_mode: Literal["outside", "hat", "root"] = "outside",
     bias_correction: bool = True,
+    master_weights: bool = False,
     max_exp_avg_sq: npt.NDArray[Any] | None = None,
     ema: npt.NDArray[Any] | None = None,
+    master_param: npt.NDArray[Any] | None = None,
     grad_scale: float | None = None,
     zero_grad: bool = False,
     num_threads: int | None = None,
@@ -51,7 +53,7 @@ def adam_step(
         The number of this step, counted from 1. It decides the bias corrections.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, ema_decay
         As in :class:`fused_adam.Adam`.
-    eps_mode, bias_correction
+    eps_mode, bias_correction, master_weights
         As in :class:`fused_adam.Adam`.
     max_norm, clip_value, skip_nonfinite
         As in :class:`fused_adam.Adam`, for this gradient alone.
@@ -59,6 +61,8 @@ def adam_step(
         Like `exp_avg_sq`; needed for `amsgrad`.
     ema : numpy.ndarray, optional
         Like `exp_avg`, and a copy of `param` before the first step; needed for `ema_decay`.
+    master_param : numpy.ndarray, optional
+        Likewise; needed for `master_weights` where `param` is of 16 bits.
     grad_scale : float, optional
         Divide the gradient by it first, as in :meth:`fused_adam.Adam.step`.
     zero_grad : bool, default False
