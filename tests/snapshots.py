@@ -128,6 +128,7 @@ class Snapshot:
         if self._opt is None:
             return
         yield "defaults", dict(self._opt.defaults)
+        yield "steps", self._opt.steps
         for i, group in enumerate(self._opt.param_groups):
             yield f"param_groups[{i}]", self._identity(group)
             for key, value in group.items():

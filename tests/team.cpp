@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../csrc/parallel.hpp"
+#include "../csrc/stall_watch.hpp"
 
 using namespace fused_adam;
 using std::chrono::microseconds;
@@ -103,6 +104,50 @@ void alone_in_a_region() {
 #endif
 }
 
+// How long steps stay alone, by a clock of our own.
+void pauses_of_the_watch() {
+  constexpr int64_t kMs = 1'000'000;
+  StallWatch watch;
+  int64_t now = 1000 * kMs;
+  // A step with helpers that takes so long, of which they were waited for so long.
+  const auto step = [&](int64_t waited, int64_t takes) {
+    require(watch.calm(now), "a step with helpers while others want the CPUs");
+    watch.report(waited, now, now + takes);
+    now += takes;
+  };
+  const auto pause = [&] {
+    const int64_t begin = now;
+    while (!watch.calm(now)) now += kMs / 8;
+    return (now - begin) / kMs;
+  };
+  const auto many_steps = [&] {
+    for (int i = 0; i < 1000; ++i) step(kMs / 100, kMs);
+  };
+  require(pause() == 0, "a pause before any step");
+  many_steps();
+  step(kMs / 4, 2 * kMs);    // an eighth of its time is no stall
+  step(kMs / 20, kMs / 16);  // nor is 50 us
+  require(pause() == 0, "a pause without a stall");
+  step(2 * kMs, 3 * kMs);
+  require(pause() == 32, "the pause after a stall is not 16 times as long");
+  many_steps();
+  step(2 * kMs, 3 * kMs);
+  require(pause() == 32, "a stall after a long time counts as another one");
+  step(2 * kMs, 3 * kMs);
+  require(pause() == 64, "a stall at once does not double the pause");
+  step(10 * kMs, 11 * kMs);
+  require(pause() == 160, "a longer stall has no longer pause");
+  for (int i = 0; i < 10; ++i) {
+    step(2 * kMs, 3 * kMs);
+    pause();
+  }
+  step(2 * kMs, 3 * kMs);
+  require(pause() == 4000, "the longest pause is not 4 s");
+  many_steps();
+  step(2 * kMs, 3 * kMs);
+  require(pause() == 32, "helpers do not come back");
+}
+
 }  // namespace
 
 int main() {
@@ -113,5 +158,6 @@ int main() {
   every_chunk_once(2, 300'000);
   every_chunk_once(6, 30'000);
   alone_after_a_stall();
+  pauses_of_the_watch();
   puts("team: as expected");
 }

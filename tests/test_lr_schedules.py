@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam, AdamW, adam_step
+from fused_adam import Adam, AdamW, CheckpointError, adam_step
 from fused_adam.schedules import Cosine, LinearWarmup, WarmupCosine
 from snapshots import random_like
+from test_file_faults import META, dumps, edit, forge, parts
 
 SCHEDULE = WarmupCosine(0.5, warmup=3, steps=12, end=0.01)
 PARAMS = {"w": np.ones((3, 2), np.float32), "b": np.zeros(2)}
@@ -234,8 +235,8 @@ def test_files_with_a_function_ask_for_it(tmp_path: pathlib.Path) -> None:
         AdamW.load(tmp_path / "a", params)
     assert str(raised.value) == (
         f"{tmp_path / 'a'}: its param_groups[0] was saved with a schedule as lr, WarmupCosine(lr=0.5, "
-        "warmup=3, steps=12, start=0.0, end=0.01), which is code and in no checkpoint. Pass one: "
-        "load(path, params, lr=...)."
+        "warmup=3, steps=12, start=0.0, end=0.01), which is code and in no checkpoint. Pass one for all "
+        'groups, load(path, params, lr=...), or as "lr" of that group.'
     )
     assert AdamW.load(tmp_path / "a", params, lr=0.25).lr == 0.25
     in_group = AdamW.load(tmp_path / "a", [{"params": params, "lr": Cosine(0.5, 10)}], lr=0.25)
@@ -279,16 +280,162 @@ def test_state_dict_with_a_function() -> None:
     assert new.steps == 0 and new.state[0]["step"] == 0
     new.load_state_dict(saved, keep_lr=True)
     assert new.lr == 0.125 and new.steps == 4 and "lr_schedule" not in new.param_groups[0]
-    # A number since, and a key that somebody left there.
+    # A number since, and a key that somebody left there: it is theirs, and comes back.
     opt.lr = 0.5
     opt.param_groups[0]["lr_schedule"] = "mine"
-    assert "lr_schedule" not in opt.state_dict()["param_groups"][0]
+    new.load_state_dict(opt.state_dict())
+    assert new.lr == 0.5 and new.param_groups[0]["lr_schedule"] == "mine"
 
 
-def test_text_of_a_function_is_the_same_in_each_process() -> None:
-    opt = Adam(copied(), lr=lambda step: 0.1)
-    text = opt.state_dict()["param_groups"][0]["lr_schedule"]
-    assert text == "<function test_text_of_a_function_is_the_same_in_each_process.<locals>.<lambda>>"
+class Rate:
+    """A function whose text is up to somebody."""
+
+    def __init__(self, text: str | None = None) -> None:
+        self.text = text
+
+    def __call__(self, step: int) -> float:
+        return 0.5
+
+    def __repr__(self) -> str:
+        if self.text is None:
+            raise ZeroDivisionError
+        return self.text
+
+
+@pytest.mark.parametrize(
+    "function, text",
+    [
+        (lambda step: 0.1, "<function <lambda>>"),
+        (Rate("Rate\n\x00 \u00e4\ud800"), "Rate \x00 \\xe4\\ud800"),
+        (Rate("x" * 1000), "x" * 200),
+        (Rate(), "Rate"),
+    ],
+)
+def test_text_of_a_function(function: Any, text: str, tmp_path: pathlib.Path) -> None:
+    opt = Adam(copied(), lr=function)
+    assert opt.state_dict()["param_groups"][0]["lr_schedule"] == text
+    opt.save(tmp_path / "a")
+    assert Adam.load(tmp_path / "a", copied(), lr=0.1).lr == 0.1
+
+
+class Trainer:
+    """Owns its optimizer, whose rate is a method of its own."""
+
+    def __init__(self) -> None:
+        self.base, self.first = 0.5, 0  # which are not there while a copy is being made
+        self.params = copied()
+        self.opt = AdamW(self.params, lr=self.rate)
+
+    def rate(self, step: int) -> float:
+        assert step >= self.first
+        return self.base / (1 + step)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_copies_ask_nobody(twin: Any) -> None:
+    trainer = Trainer()
+    trainer.opt.step(grads(0))
+    trainer.first = 1
+    other = twin(trainer)
+    for one in (trainer, other):
+        one.opt.step(grads(1))
+    other.base = 0.75
+    assert (other.opt.lr, trainer.opt.lr) == (0.25, 0.5 / 3)
+    assert_same(other.params, trainer.params)
+    assert other.params["w"] is other.opt.param_groups[0]["params"][0]
+
+
+def test_a_function_is_asked_once_for_all_groups() -> None:
+    asked: list[int] = []
+
+    def rate(step: int) -> float:
+        asked.append(step)
+        return float(len(asked))
+
+    def other(step: int) -> float:
+        return 1.0
+
+    params = [np.zeros(1), np.zeros(1), np.zeros(1)]
+    opt = Adam([{"params": params[0]}, {"params": params[1], "lr": other}, {"params": params[2]}], lr=rate)
+    asked.clear()
+    opt.step([np.ones(1)] * 3)
+    assert asked == [0]
+    assert params[0] == params[2] == params[1]
+    opt.step([np.ones(1)] * 3)
+    assert asked == [0, 1] and params[0] == params[2] != params[1]
+
+
+def test_defaults_ask_for_nothing(tmp_path: pathlib.Path) -> None:
+    """What no group has needs no function when it is loaded."""
+    params = copied()
+    opt = AdamW(params, lr=SCHEDULE)
+    opt.lr = 0.5
+    opt.save(tmp_path / "a")
+    new = AdamW.load(tmp_path / "a", params)
+    assert new.lr == 0.5 and new.defaults["lr"] == SCHEDULE(0) and "lr_schedule" not in new.defaults
+
+
+def test_load_with_a_function_for_one_group(tmp_path: pathlib.Path) -> None:
+    w, b = np.ones(2), np.ones(2)
+    opt = AdamW([{"params": w}, {"params": b, "lr": 0.007}], lr=SCHEDULE)
+    opt.save(tmp_path / "a")
+    new = AdamW.load(tmp_path / "a", [{"params": w, "lr": SCHEDULE}, {"params": b}])
+    assert [group["lr"] for group in new.param_groups] == [SCHEDULE, 0.007]
+    new = AdamW.load(tmp_path / "a", [{"params": w}, {"params": b}], lr=SCHEDULE)
+    assert [group["lr"] for group in new.param_groups] == [SCHEDULE, SCHEDULE]
+    new = AdamW.load(tmp_path / "a", [{"params": w}, {"params": b}], lr=0.0)
+    assert new.lr == 0.0
+
+
+def rewrite_metadata(path: pathlib.Path, **changes: Any) -> None:
+    header, data = parts(path)
+    for key, value in changes.items():
+        edit(header, META, key, value=... if value is None else value)
+    forge(path, dumps(header), data)
+
+
+@pytest.mark.parametrize("bad", ["-1", "1.0", "", " 4", "9" * 20, str(2**62 + 1), "1_0"])
+def test_bad_place_in_a_file(bad: str, tmp_path: pathlib.Path) -> None:
+    by_hand(4)[1].save(tmp_path / "a")
+    rewrite_metadata(tmp_path / "a", steps=bad)
+    with pytest.raises(CheckpointError):
+        AdamW.load(tmp_path / "a", copied())
+
+
+def test_a_file_without_a_place(tmp_path: pathlib.Path) -> None:
+    by_hand(4)[1].save(tmp_path / "a")
+    rewrite_metadata(tmp_path / "a", steps=None)
+    assert AdamW.load(tmp_path / "a", copied()).steps == 4
+
+
+def test_plain_checkpoints_have_pytorchs_layout() -> None:
+    assert set(by_hand(3)[1].state_dict()) == {"state", "param_groups"}
+
+
+def test_a_rate_is_checked_for_the_step_that_is_next() -> None:
+    opt = Adam(np.ones(2))
+    opt.step(np.ones(2))
+    opt.lr = lambda step: 1 / step  # there is no step 0 any more
+    opt.add_param_group({"params": np.ones(2), "lr": lambda step: 1 / step})
+    with pytest.raises(ValueError, match=r"lr\(1\) must be"):
+        opt.lr = lambda step: -step
+
+
+def test_a_detour_through_torch() -> None:
+    """PyTorch keeps the text of a function in its groups, and has plain numbers."""
+    torch = pytest.importorskip("torch")
+    opt = AdamW([np.ones(2)], lr=SCHEDULE)
+    opt.step([np.ones(2)])
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
+    saved = opt.state_dict()
+    saved["state"] = {
+        i: {key: torch.from_numpy(value) for key, value in entry.items()}
+        for i, entry in saved["state"].items()
+    }
+    theirs.load_state_dict(saved)
+    new = AdamW([np.ones(2)])
+    new.load_state_dict(theirs.state_dict())
+    assert new.lr == SCHEDULE(1)
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, "4", None, True, 2**63, np.ones(2)])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_adam import Adam, AdamW, CheckpointError
+from fused_adam import Adam, AdamW, CheckpointError, _core
 from snapshots import assert_same_bits, assert_same_state, interrupt_at, map_tree, random_like, refused
 
 RULE = ["bias", "*norm*"]
@@ -132,6 +132,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"^no_decay\('encoder.0.bias', ...\) must be True or False, got 1 of",
     ),
     "mask": (lambda name, w: w < 0, TypeError, r"^no_decay\('encoder.0.bias', ...\) must be True or False"),
+    "an array of answers": (lambda name, w: w > 0, TypeError, r"^no_decay\('encoder.0.bias', ...\) must be"),
     "its own": (lambda name, w: 1 / 0, ZeroDivisionError, "division by zero"),
 }
 
@@ -222,6 +223,53 @@ def test_a_pattern_may_be_for_some_of_the_groups() -> None:
         [{"params": {"w": np.ones(2)}}, {"params": {"b": np.ones(2)}}], no_decay=["b"], weight_decay=1.0
     )
     assert [group["weight_decay"] for group in opt.param_groups] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("key", ["no_decy", "No_Decay", "no_decays", "nodecay", "no_weight_decay"])
+def test_slips(key: str) -> None:
+    with pytest.raises(ValueError, match=f"has a key '{key}', which is no option: did you mean 'no_decay'"):
+        Adam([{"params": model(), key: ["bias"]}])
+
+
+def test_what_is_no_array_is_refused_as_ever() -> None:
+    with pytest.raises(TypeError, match=r"^params\['b'\] is of type float, expected numpy.ndarray"):
+        Adam({"w": np.ones(2), "b": 3.0}, no_decay=lambda name, w: w.ndim < 2)
+
+
+def test_answers_of_numpy() -> None:
+    opt = Adam([np.ones(2), np.full(2, 5.0)], weight_decay=1.0, no_decay=lambda name, w: w.max() > 3)
+    assert [group["weight_decay"] for group in opt.param_groups] == [1.0, 0.0]
+
+
+def test_another_division_of_a_list_is_another_model(tmp_path: pathlib.Path) -> None:
+    params = [np.ones(2), np.ones(2), np.ones(2)]
+    opt = AdamW(params, no_decay="0")
+    opt.save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="its parameters have other names"):
+        AdamW.load(tmp_path / "a", params, no_decay="2")
+    with pytest.raises(ValueError, match="its parameter 0 is named '1', here it is '0'"):
+        AdamW(params, no_decay="2").load_state_dict(opt.state_dict())
+    AdamW.load(tmp_path / "a", params, no_decay=lambda name, w: name == "0")
+
+
+@pytest.mark.parametrize(
+    "leaves, problem",
+    [
+        ([[0, 1], [1]], "a leaf in two groups"),
+        ([[0]], "a leaf in no group"),
+        ([[0, 1], []], "a group of no leaves"),
+        ([[0, 2]], None),
+        ([[0, 2**63]], None),
+    ],
+)
+def test_the_core_itself_knows_which_leaves_there_are(leaves: list[list[int]], problem: str | None) -> None:
+    opt = Adam(np.ones(3))
+    options = {**opt.defaults, "params": None}
+    with pytest.raises((RuntimeError, IndexError), match=problem):
+        structure = _core.Structure([np.ones(2), np.ones(3)])
+        opt._core.add_tree(opt.param_groups, structure, [(options, own) for own in leaves], True, False)
+    assert len(opt.param_groups) == len(opt.state) == opt._core.trees == 1
+    opt.step(np.ones(3))
 
 
 def test_a_group_with_another_weight_decay() -> None:

@@ -13,7 +13,8 @@ namespace fused_adam {
 
 StepReport adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
                      int64_t step, const py::dict& arrays, bool zero_grad, py::handle grad_scale) {
-  const HyperParameters hyper = OptionReader().read(options, "", OptionReader::kNoSteps);
+  Rates numbers = Rates::refused();
+  const HyperParameters hyper = OptionReader().read(options, "", numbers);
   const double scale = read_grad_scale(grad_scale);
   Streams streams = {};
   ArrayFacts param = {};

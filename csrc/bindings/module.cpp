@@ -1,6 +1,8 @@
 // fused_adam._core: the table of contents of what Python sees. _core.pyi says the same with types.
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "../cpu_limit.hpp"
 #include "../dispatch.hpp"
 #include "../parallel.hpp"
@@ -40,7 +42,8 @@ py::list streams_for_python() {
 
 // The names of the streams of ours that steps with these options need.
 std::vector<std::string> streams_of(const py::dict& options) {
-  const HyperParameters hyper = OptionReader().read(options, "", 0);
+  Rates rates = Rates::not_asked();
+  const HyperParameters hyper = OptionReader().read(options, "", rates);
   std::vector<std::string> names;
   for (const StreamInfo& info : kStreamTable) {
     if (is_ours(info) && info.wanted(hyper)) names.push_back(info.name);
@@ -82,10 +85,12 @@ void bind(py::module_& m) {
 
   m.def(
       "check_options",
-      [](const py::dict& options, const std::string& where, int64_t steps) {
-        OptionReader().read(options, where, steps);
+      [](const py::dict& options, const std::string& where, std::optional<int64_t> steps) {
+        Rates rates = steps ? Rates::asked_for(*steps) : Rates::not_asked();
+        OptionReader().read(options, where, rates);
       },
       py::arg("options"), py::arg("where"), py::arg("steps"));
+  m.def("learning_rate", &learning_rate, py::arg("lr"), py::arg("where"), py::arg("steps"));
   m.def("option_table", &options_for_python);
   m.def("stream_table", &streams_for_python);
   m.def("scatter", &scatter, py::arg("elements"), py::arg("arrays"));
@@ -125,6 +130,7 @@ void bind(py::module_& m) {
       .def_property_readonly("trees", &Optimizer::trees)
       .def_property_readonly("groups", &Optimizer::groups)
       .def_property_readonly("names", &Optimizer::names)
+      .def_property_readonly("sizes", &Optimizer::sizes)
       .def_property_readonly("steps", &Optimizer::steps)
       .def_property("skipped_steps", &Optimizer::skipped_steps, &Optimizer::set_skipped_steps)
       .def("add_tree", &Optimizer::add_tree, py::arg("param_groups"), py::arg("structure"),

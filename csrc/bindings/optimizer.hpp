@@ -64,8 +64,10 @@ class Optimizer {
   size_t trees() const;
   size_t groups() const;
   bool grouped() const { return grouped_; }
-  // A list for each group: the names of its parameters, or None where they have none.
+  // A list for each group: the names of its parameters. None where they are numbers in their order,
+  // which say nothing. And how many they are.
   py::list names() const;
+  std::vector<size_t> sizes() const;
   const char* isa() const { return isa_.name; }
 
   // {"step": int, "exp_avg": array, ...}: views of each stream of ours that has values.
@@ -89,7 +91,7 @@ class Optimizer {
                  const std::vector<std::pair<py::dict, py::dict>>& new_options, int64_t steps);
 
   // The parameters as trees; for each tree, a list of the leaves of each of its groups; buffers for
-  // the gradients of the trees from this one on.
+  // the gradients of the trees from this one on. They need exclusive use.
   py::list params() const;
   py::list members() const;
   py::list new_grads(size_t first_tree) const;

@@ -2,8 +2,10 @@
 // they are in.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <iterator>
 #include <stdexcept>
+#include <utility>
 
 #include "containers.hpp"
 #include "optimizer.hpp"
@@ -37,7 +39,7 @@ py::list Optimizer::names() const {
   py::list all;
   size_t i = 0;
   for (size_t end : ends) {
-    const bool named = leaves[i].second->named();
+    const bool named = leaves[i].second->named() || end - i < leaves[i].second->size();
     py::list names;
     for (; i < end; ++i) {
       if (named) names.append(decoded(leaves[i].second->names()[leaves[i].first]));
@@ -47,13 +49,19 @@ py::list Optimizer::names() const {
   return all;
 }
 
+std::vector<size_t> Optimizer::sizes() const {
+  const std::lock_guard<std::mutex> lock(slots_mutex_);
+  std::vector<size_t> sizes;
+  for (const Group& group : groups_) sizes.push_back(group.count);
+  return sizes;
+}
+
 // --- Given -------------------------------------------------------------------------------------
 
 void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const Structure> structure,
                          const std::vector<std::pair<py::dict, std::vector<size_t>>>& new_groups,
                          bool grouped, bool frozen) {
   const Exclusive exclusive(use_);
-  check_groups(param_groups);
   const size_t count = structure->size(), first = slots_.size();
   const std::string index = std::to_string(trees_.size());
   // What messages call the params: an expression on what the caller passed.
@@ -71,7 +79,8 @@ void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const S
     if (leaves.empty()) throw std::logic_error("a group of no leaves");
     const size_t number = groups_.size() + groups.size();
     const std::string name = "param_groups[" + std::to_string(number) + "]";
-    const HyperParameters hyper = reader_.read(options, name, steps_);
+    Rates rates = Rates::not_asked();  // what they are does not matter here
+    const HyperParameters hyper = reader_.read(options, name, rates);
     py::tuple params(leaves.size());
     for (size_t i = 0; i < leaves.size(); ++i) params[i] = tree.structure->leaves().at(leaves[i]);
     groups.push_back({params, name, first + added.size(), leaves.size()});
@@ -90,9 +99,8 @@ void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const S
   }
   if (added.size() != count) throw std::logic_error("a leaf in no group");
   // Seldom another order than that of the leaves.
-  for (size_t leaf = 0; leaf < count; ++leaf) {
-    if (slot_of[leaf] != leaf) tree.order = slot_of;
-  }
+  if (!std::is_sorted(slot_of.begin(), slot_of.end())) tree.order = std::move(slot_of);
+  check_groups(param_groups);
   // Refuses params that overlap, before memory is spent on their state, which overlaps nothing.
   memory_is_indexed_ = false;
   WrittenMemory memory;
@@ -151,8 +159,9 @@ void Optimizer::read_groups(py::handle param_groups) {
   dicts_.clear();
   hypers_.clear();
   groups_in(param_groups, dicts_);
+  Rates rates = Rates::asked_for(steps_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
-    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, steps_));
+    hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, rates));
   }
 }
 
@@ -215,17 +224,13 @@ py::list Optimizer::params() const {
 }
 
 py::list Optimizer::members() const {
-  std::vector<std::vector<std::vector<size_t>>> all;
-  {
-    const std::lock_guard<std::mutex> lock(slots_mutex_);
-    all.resize(trees_.size());
-    for (const Group& group : groups_) {
-      std::vector<size_t> leaves;
-      for (size_t i = group.first; i < group.first + group.count; ++i) {
-        leaves.push_back(slots_[i].leaf);
-      }
-      all[slots_[group.first].tree].push_back(std::move(leaves));
+  std::vector<std::vector<std::vector<size_t>>> all(trees_.size());
+  for (const Group& group : groups_) {
+    std::vector<size_t> leaves;
+    for (size_t i = group.first; i < group.first + group.count; ++i) {
+      leaves.push_back(slots_[i].leaf);
     }
+    all[slots_[group.first].tree].push_back(std::move(leaves));
   }
   return py::cast(all);
 }

@@ -72,14 +72,15 @@ double not_negative(py::handle value, const std::string& where, py::handle key) 
   return not_negative(value, [&] { return place(where, key); });
 }
 
-double rate(py::handle value, const std::string& where, py::handle key, int64_t steps) {
-  // Most are plain floats. A class is a slip: its instance was meant, or its value.
-  const bool is_schedule = !PyFloat_CheckExact(value.ptr()) && steps != OptionReader::kNoSteps &&
-                           PyCallable_Check(value.ptr()) != 0 && !PyType_Check(value.ptr());
-  if (!is_schedule) return not_negative(value, where, key);
-  const py::object now = value(py::int_(steps));
-  const auto here = [&] { return place(where, key) + "(" + std::to_string(steps) + ")"; };
-  return not_negative(now, here);
+// Most are plain floats. A class is a slip: its instance was meant, or its value.
+bool is_function(py::handle lr) {
+  return !PyFloat_CheckExact(lr.ptr()) && PyCallable_Check(lr.ptr()) != 0 &&
+         !PyType_Check(lr.ptr());
+}
+
+double rate(py::handle value, const std::string& where, py::handle key, Rates& rates) {
+  if (!is_function(value) || !rates.takes_functions()) return not_negative(value, where, key);
+  return rates.of(value, place(where, key));
 }
 
 template <class Place>
@@ -215,7 +216,7 @@ OptionReader::OptionReader() : usual_eps_mode_(interned(kEpsModes[HyperParameter
 }
 
 HyperParameters OptionReader::read(const py::dict& group, const std::string& where,
-                                   int64_t steps) const {
+                                   Rates& rates) const {
   const std::vector<OptionInfo>& table = option_table();
   HyperParameters hyper;
   // Here, and not a function: called for each option of each step.
@@ -227,7 +228,7 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
         hyper.*option.number = not_negative(value, where, key);
         break;
       case OptionKind::kRate:
-        hyper.*option.number = rate(value, where, key, steps);
+        hyper.*option.number = rate(value, where, key, rates);
         break;
       case OptionKind::kBetas:
         std::tie(hyper.beta1, hyper.beta2) = two_betas(value, where, key);
@@ -264,6 +265,22 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
   }
   if (hyper.clips_norm() && hyper.clips_value()) refuse_two_clips(where);
   return hyper;
+}
+
+double Rates::of(py::handle function, const std::string& name) {
+  if (what_ == kLeave) return HyperParameters().lr;
+  for (const auto& [asked, rate] : asked_) {
+    if (asked.is(function)) return rate;
+  }
+  const py::object now = function(py::int_(steps_));
+  const auto call = [&] { return name + "(" + std::to_string(steps_) + ")"; };
+  asked_.emplace_back(py::reinterpret_borrow<py::object>(function), not_negative(now, call));
+  return asked_.back().second;
+}
+
+double learning_rate(py::handle lr, const std::string& where, int64_t steps) {
+  Rates rates = Rates::asked_for(steps);
+  return rate(lr, where, py::str("lr"), rates);
 }
 
 void OptionReader::override_by(const OptionOverrides& overrides,

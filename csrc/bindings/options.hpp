@@ -8,6 +8,7 @@
 
 #include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../coefficients.hpp"
@@ -48,17 +49,40 @@ using OptionOverrides = std::array<py::handle, kOverrides>;
 // By what gradients are to be divided: a number > 0 that is one in float32, too. None: 1.
 double read_grad_scale(py::handle value);
 
+// What becomes of functions for learning rates. Each is asked once, so that all groups that share
+// one have the same rate.
+class Rates {
+ public:
+  // Ask them for this count of steps. It runs code of the caller.
+  static Rates asked_for(int64_t steps) { return Rates(kAsk, steps); }
+  // Take them as they are: the rate that is read is the default.
+  static Rates not_asked() { return Rates(kLeave, 0); }
+  // TypeError: only numbers are taken.
+  static Rates refused() { return Rates(kRefuse, 0); }
+
+  bool takes_functions() const { return what_ != kRefuse; }
+  // The rate that a function gives, checked. name: what messages call the function.
+  double of(py::handle function, const std::string& name);
+
+ private:
+  enum What { kAsk, kLeave, kRefuse };
+  Rates(What what, int64_t steps) : what_(what), steps_(steps) {}
+
+  What what_;
+  int64_t steps_;
+  std::vector<std::pair<py::object, double>> asked_;
+};
+
+// The rate that a learning rate is in the next step after so many: a number or a function. Checked.
+double learning_rate(py::handle lr, const std::string& where, int64_t steps);
+
 // Reads the options of a parameter group, a dict as in torch.optim. TypeError for a wrong Python
 // type, ValueError for a value out of range or a missing key. where: "param_groups[0]", or "" for
 // keyword arguments, which messages call by their bare name.
 class OptionReader {
  public:
-  static constexpr int64_t kNoSteps = -1;
-
   OptionReader();
-  // steps: the count for which functions are called, which may be code of the caller; kNoSteps:
-  // they are refused.
-  HyperParameters read(const py::dict& group, const std::string& where, int64_t steps) const;
+  HyperParameters read(const py::dict& group, const std::string& where, Rates& rates) const;
   // Those that the arguments of a step give in the place of those of all groups. A clip replaces
   // the group's, of either kind; infinity is none.
   void override_by(const OptionOverrides& overrides, std::vector<HyperParameters>& hypers) const;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ from fused_adam._tables import DEFAULTS, LR_SCHEDULE, STATE, STREAMS, features, 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
 # What a saved group holds besides its options.
-NOT_OPTIONS = frozenset({"params", "param_names", LR_SCHEDULE, *TORCH_FLAGS})
+NOT_OPTIONS = frozenset({"params", "param_names", *TORCH_FLAGS})
 MAX_STEP = 2**62  # of an int64, which leaves as many steps to go
 _MAX_FLOAT_STEP = 2**53  # beyond it, a count that went through a float is no longer exact
 
@@ -45,11 +45,12 @@ def saved_groups(groups: list[dict[str, Any]], names: Names, steps: int) -> list
     all_saved = []
     first = 0
     for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
-        _core.check_options(group, f"param_groups[{i}]", steps)  # as edited: what is saved must load
+        where = f"param_groups[{i}]"
+        _core.check_options(group, where, None)  # as edited: what is saved must load
         # Of their own, as the arrays: what the groups hold may be edited.
         options = {
             k: list(v) if type(v) is list else v if _is_list(v) else plain(v)
-            for k, v in with_plain_lr(group, steps).items()
+            for k, v in with_plain_lr(group, steps, where).items()
         }
         saved = {**TORCH_FLAGS, **used(options), "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
@@ -59,32 +60,43 @@ def saved_groups(groups: list[dict[str, Any]], names: Names, steps: int) -> list
     return all_saved
 
 
-def with_plain_lr(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def with_plain_lr(options: Mapping[str, Any], steps: int, where: str) -> dict[str, Any]:
     """The options, with the rate of the next step in the place of a function, and how that is written."""
-    plain_options = {key: value for key, value in options.items() if key != LR_SCHEDULE}
     lr = options["lr"]
-    if callable(lr):
+    if not callable(lr):
+        return {**options}
+    rate = _core.learning_rate(lr, where, steps)
+    try:
         written = re.sub(r" at 0x[0-9a-fA-F]+", "", ascii(lr))  # not where it lay in memory
-        plain_options.update({"lr": lr(steps), LR_SCHEDULE: written[:200]})
-    return plain_options
+    except Exception:
+        written = type(lr).__qualname__
+    return {**options, "lr": rate, LR_SCHEDULE: " ".join(written.split())[:200]}
 
 
-def kept_lr(options: Mapping[str, Any], saved: Mapping[str, Any], keep_lr: bool) -> dict[str, Any]:
-    """What stays of these options where saved ones are taken over: a function, or what is to be kept.
+def taken_over(
+    options: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    required: Collection[Any],
+    keep_lr: bool,
+    fixed_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the options become where those of a saved group are taken over, and what that is to have.
 
-    LookupError where those had a function, and these have none.
+    A function for the rate stays. LookupError where the saved group had one, and these options have none.
     """
-    if keep_lr or callable(options["lr"]):
-        return {"lr": options["lr"]}
-    if LR_SCHEDULE in saved:
-        written = f"{saved[LR_SCHEDULE]!s:.200}"
+    found = {key: plain(value) for key, value in saved.items() if key not in NOT_OPTIONS}
+    kept = {"lr": options["lr"]} if keep_lr or callable(options["lr"]) else {}
+    # Without the requirement it is a key of somebody else's.
+    schedule = found.pop(LR_SCHEDULE, None) if LR_SCHEDULE in required else None
+    if schedule is not None and not kept:
+        written = f"{schedule!s:.200}"
         raise LookupError(f"was saved with a schedule as lr, {written}, which is code and in no checkpoint")
-    return {}
+    return {**options, **DEFAULTS, **found, **kept, **fixed_options}
 
 
 def check_read(options: dict[str, Any], where: str) -> None:
     """As a step would check them, but for a function that this optimizer had before."""
-    _core.check_options({**options, "lr": 0.0} if callable(options["lr"]) else options, where, 0)
+    _core.check_options(options, where, None)
 
 
 def copy_state(core: _core.Optimizer) -> list[Entry]:
@@ -158,12 +170,10 @@ def load_state_dict(
     for i, (saved, group) in enumerate(zip(groups_read, groups, strict=True)):
         where = f"state_dict['param_groups'][{i}]"
         ids += _read_ids(saved, len(group["params"]), names[i], where)
-        options = {key: plain(value) for key, value in saved.items() if key not in NOT_OPTIONS}
         try:
-            kept = kept_lr(group, saved, keep_lr)
+            new_options.append(taken_over(group, saved, required, keep_lr, fixed_options))
         except LookupError as problem:
             _require(False, f"{where} {problem.args[0]}. Give this optimizer one, or pass keep_lr=True")
-        new_options.append({**group, **DEFAULTS, **options, **kept, **fixed_options})
         check_read(new_options[i], where)
     _require(len(set(ids)) == len(ids), "state_dict['param_groups'] lists a parameter twice")
     known = set(ids)

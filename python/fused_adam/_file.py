@@ -42,7 +42,7 @@ from fused_adam._file_header import (
 )
 from fused_adam._file_table import DTYPES, Table, params_text
 from fused_adam._replace import Writer, open_at_once, replacing
-from fused_adam._tables import DEFAULTS, STATE, STREAMS, features
+from fused_adam._tables import LR_SCHEDULE, STATE, STREAMS, features
 
 Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], object]
@@ -70,17 +70,21 @@ def save(
     streams = _streams_as_json(table)
     steps = core.steps
     saved = _checkpoint.saved_groups(groups, names, steps)
-    _core.check_options({**defaults}, "defaults", steps)  # what is saved must load
+    # Of a function that no group may have there is the rate: nobody is asked for it when this is loaded.
+    plain_defaults = _checkpoint.with_plain_lr(defaults, steps, "defaults")
+    if callable(defaults["lr"]):
+        del plain_defaults[LR_SCHEDULE]
+    _core.check_options(plain_defaults, "defaults", None)  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,
         "numerics": _core.numerics,
         "steps": str(steps),
-        "requires": json.dumps(features([*groups, defaults], streams)),
+        "requires": json.dumps(features([*groups, plain_defaults], streams)),
         "streams": json.dumps(streams),
         "params": params_text(kinds),
         "param_groups": json.dumps([_group_as_json(group, i) for i, group in enumerate(saved)]),
-        "defaults": json.dumps(as_json(_checkpoint.with_plain_lr(defaults, steps), "defaults")),
+        "defaults": json.dumps(as_json(plain_defaults, "defaults")),
     }
     header = NewHeader(metadata, table.checksums(), table.members())
     room = header_room(len(core))
@@ -133,22 +137,23 @@ def _load(
     saved = read_header(file, header_room(len(core)))
     _require_groups(saved.groups, groups, names)
 
-    def taken_over(options: dict[str, Any], read: dict[str, Any], where: str) -> dict[str, Any]:
-        found = {key: value for key, value in read.items() if key not in _checkpoint.NOT_OPTIONS}
+    def taken_over(here: dict[str, Any], read: dict[str, Any], where: str) -> dict[str, Any]:
         try:
-            kept = _checkpoint.kept_lr(options, read, keep_lr)
+            options = _checkpoint.taken_over(here, read, saved.required, keep_lr, fixed_options)
         except LookupError as problem:
-            refuse(f"its {where} {problem.args[0]}. Pass one: load(path, params, lr=...)")
-        # A file of format 1 may have no defaults: then they stay.
-        taken = {**options, **(DEFAULTS if read else {}), **found, **kept, **fixed_options}
-        _check_read(taken, where)
-        return taken
+            refuse(
+                f"its {where} {problem.args[0]}. Pass one for all groups, load(path, params, lr=...), or as "
+                '"lr" of that group'
+            )
+        _check_read(options, where)
+        return options
 
     options = [
         taken_over(group, read, f"param_groups[{i}]")
         for i, (group, read) in enumerate(zip(groups, saved.groups, strict=True))
     ]
-    new_defaults = taken_over(defaults, saved.defaults, "defaults")
+    # A file of format 1 may have none: then they stay.
+    new_defaults = taken_over(defaults, saved.defaults, "defaults") if saved.defaults else defaults
 
     label = partial(_label, names, groups)
     kinds = core.kinds()

@@ -45,6 +45,7 @@ class Refusal(Exception):
 class Header(NamedTuple):
     groups: list[Any]
     defaults: dict[str, Any]
+    required: list[Any]  # what a reader has to know
     steps: int | None  # made so far; older files do not say
     streams: dict[str, Any] | None  # as _streams_as_json() makes it; format 1 had none
     # Texts, as Table makes them for the same arrays. Where they are what is expected, they need not be
@@ -187,7 +188,8 @@ def read_header(file: BinaryIO, room: int) -> Header:
         _require_version(metadata["fused_adam_format"], metadata["fused_adam_version"])
         # Format 1 had none of these.
         is_1 = metadata["fused_adam_format"] == "1"
-        unknown = [] if is_1 else unknown_features(_parse_list(metadata["requires"]))
+        required = [] if is_1 else _parse_list(metadata["requires"])
+        unknown = unknown_features(required)
         groups = _parse_list(metadata["param_groups"])
         defaults = _parse_dict(metadata.get("defaults", "{}"))
         steps = None
@@ -210,7 +212,7 @@ def read_header(file: BinaryIO, room: int) -> Header:
         not unknown,
         f"it needs {shown(unknown)}, which fused-adam {_core.__version__} does not know. Upgrade it",
     )
-    return Header(groups, defaults, steps, streams, params, crc32, table[1:-1], 8 + length)
+    return Header(groups, defaults, required, steps, streams, params, crc32, table[1:-1], 8 + length)
 
 
 def _require_version(version: str, writer: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from fused_adam import _core
 from fused_adam._config import require_flag
 
@@ -65,7 +67,10 @@ class DecayRule:
     def _spares(self, name: str, array: Any) -> bool:
         self._example = self._example or name
         if self._predicate is not None:
-            answer = self._predicate(name, array)
+            # What is no array is refused later, by a message of its own.
+            answer = isinstance(array, np.ndarray) and self._predicate(name, array)
+            if isinstance(answer, np.bool_):
+                answer = bool(answer)
             require_flag(f"no_decay({name!r}, ...)", answer)
             return answer
         matched = [p for p in self._patterns if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,12 +42,11 @@ class OptimizerState(Mapping[int | str, dict[str, Any]]):
         if self._named[0] != len(self._core):  # the optimizer may have got more since
             indices: dict[str, list[int]] = {}
             first = 0
-            for names, leaves in zip(
-                self._core.names, chain.from_iterable(self._core.members()), strict=False
-            ):
+            # A group that another thread adds in between is found the next time.
+            for names, size in zip(self._core.names, self._core.sizes, strict=False):
                 for index, name in enumerate(names or (), first):
                     indices.setdefault(name, []).append(index)
-                first += len(leaves)
+                first += size
             self._named = (first, indices)
         return self._named[1]
 

@@ -72,6 +72,7 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     **dict.fromkeys(("beta", "beta1", "beta2", "beta_1", "beta_2", "b1", "b2"), "betas"),
     **dict.fromkeys(("epsilon",), "eps"),
     **dict.fromkeys(("wd", "l2"), "weight_decay"),
+    **dict.fromkeys(("no_weight_decay", "nodecay"), "no_decay"),
     **dict.fromkeys(("grad_clip", "clip_norm", "clipnorm", "global_clipnorm", "clip_grad_norm"), "max_norm"),
     **dict.fromkeys(("clipvalue", "clip_grad_value"), "clip_value"),
 }
@@ -80,7 +81,7 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
 def refuse_slips(group: Mapping[Any, Any], where: str) -> None:
     """ValueError for a key that is nearly the name of an option, or one elsewhere. Others are kept."""
     for key in group:
-        if isinstance(key, str) and key not in DEFAULTS and key != "params":
+        if isinstance(key, str) and key not in (*DEFAULTS, "params", "no_decay"):
             option = _meant_by(key)
             if option is not None:
                 raise ValueError(
@@ -93,12 +94,12 @@ def _meant_by(key: str) -> str | None:
     from difflib import get_close_matches  # seldom needed
 
     folded = key.lower().strip("_")
-    if folded in DEFAULTS:
+    if folded in (*DEFAULTS, "no_decay"):
         return folded
     if folded in _ELSEWHERE:
         return _ELSEWHERE[folded]
     # In fewer letters one is a large part, and weight_decay_scale is no slip.
-    known = [name for name in (*DEFAULTS, "params") if len(name) > 3]
+    known = [name for name in (*DEFAULTS, "params", "no_decay") if len(name) > 3]
     matches = get_close_matches(folded, known, 1, 0.8) if len(folded) > 3 else []
     return next((m for m in matches if f"{m}_" not in folded and f"_{m}" not in folded), None)
 

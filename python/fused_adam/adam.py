@@ -61,7 +61,8 @@ class Adam:
         float32, and what comes out is rounded to the nearest, of two equally near ones to the even one.
     lr : float or function, default 1e-3
         Learning rate, >= 0. Or a function that gives it for the number of steps made before, from 0, as
-        those of :mod:`fused_adam.schedules`: each step asks it, with :attr:`steps`.
+        those of :mod:`fused_adam.schedules`: each step asks it once, with :attr:`steps`. So do construction,
+        :attr:`lr` and checkpoints: its rate should depend on nothing else.
     betas : (float, float), default (0.9, 0.999)
         Decay rates of the averages of the gradient and of its square, in [0, 1).
     eps : float, default 1e-8
@@ -110,7 +111,8 @@ class Adam:
         :attr:`state`, ``["bias", "*norm*"]``: each matches a whole name or its end after a dot, with ``*``,
         ``?`` and ``[...]``. Or a function ``(name, array) -> bool``: ``lambda name, w: w.ndim < 2``. They
         become a group of their own, with ``weight_decay=0``, behind the others that they were given with;
-        gradients keep the structure of `params`. Also a key of a group, in the place of this.
+        gradients keep the structure of `params`. Also a key of a group, in the place of this; for
+        groups that are added later it is the only way.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -362,9 +364,8 @@ class Adam:
         steps = self.steps
         rates = set()
         for i, group in enumerate(self._group_dicts()):
-            _core.check_options(group, f"param_groups[{i}]", steps)
-            lr = group["lr"]
-            rates.add(float(lr(steps) if callable(lr) else lr))
+            _core.check_options(group, f"param_groups[{i}]", None)
+            rates.add(_core.learning_rate(group["lr"], f"param_groups[{i}]", steps))
         if not rates:
             raise ValueError("the optimizer has no groups: its construction was refused.")
         if len(rates) > 1:
@@ -565,11 +566,11 @@ class Adam:
         params : like the params of the saved optimizer
             The arrays to train, as they were when it was saved: nothing is written to them. Where it
             had several groups, a list with a dict ``{"params": ...}`` for each. Options in these dicts
-            do not count, those of the file do; but for a function as ``"lr"``.
+            do not count, those of the file do; but for a function as ``"lr"``, and `no_decay`.
         lr : float or function, optional
-            Learning rate from here on, in the place of what the file has; a group's own ``"lr"`` counts then.
-            Where the optimizer that was saved had a function, which is code and in no file, one has to be
-            given.
+            Learning rate of all groups from here on, in the place of what the file has; a group's own
+            ``"lr"`` counts then. Where the optimizer that was saved had a function, which is code and in no
+            file, one has to be given.
         no_decay, num_threads : optional
             As at construction. The parameters of `no_decay` are a group in the file, so it has to be given
             again.
@@ -626,7 +627,7 @@ class Adam:
         with _core.ExclusiveUse(self._core):
             self._core.check_groups(self.param_groups)
             for i, group in enumerate(self.param_groups):
-                _core.check_options(group, f"param_groups[{i}]", 0)  # what is pickled must load
+                _core.check_options(group, f"param_groups[{i}]", None)  # what is pickled must load
             saved = {
                 "trees": self._core.params(),
                 "members": self._core.members(),
@@ -671,9 +672,9 @@ class Adam:
             raise TypeError(f"{where} must be a dict, got {type(param_group).__name__}.")
         if "params" not in param_group:
             raise ValueError(f"{where} has no key 'params'.")
+        refuse_slips(param_group, where)
         options = {**self.defaults, **param_group}
-        own_rule = DecayRule(options.pop("no_decay")) if "no_decay" in options else rule
-        refuse_slips(options, where)
+        own_rule = DecayRule(options.pop("no_decay")) if "no_decay" in param_group else rule
         for key, value in options.items():
             if key != "params" and isinstance(value, np.ndarray) and value.size > 1:
                 raise ValueError(f"{where}[{key!r}] is an array: arrays to train belong under 'params'.")
