@@ -164,10 +164,12 @@ class Arrays(namedtuple("Arrays", [stream.name for stream in STREAMS], defaults=
         max_threads: int = 1,
         zero_grad: bool = False,
         grad_scale: float | None = None,
+        allow_mixed: bool = False,
     ) -> tuple[bool, float] | None:
         threads = _core.Threads(_config.THREADS.back_end, max_threads)
         isa = isa or all_isas()[0]
-        return _core.adam_step(isa, threads, options, step, self._asdict(), zero_grad, grad_scale)
+        arrays = self._asdict()
+        return _core.adam_step(isa, threads, options, step, arrays, zero_grad, grad_scale, allow_mixed)
 
 
 # The state of a parameter, as opt.state has it.

@@ -407,7 +407,11 @@ def test_masters_in_a_functional_step(stored: np.dtype) -> None:
         (FLOAT16, BFLOAT16, "has dtype bfloat16, but params has float16. It must be that, or float32."),
         (BFLOAT16, FLOAT16, "has dtype float16, but params has bfloat16. It must be that, or float32."),
         (BFLOAT16, np.float64, "has dtype float64, but params has bfloat16. It must be that, or float32."),
-        (np.float32, FLOAT16, "has dtype float16, but params has float32. Both must be the same."),
+        (
+            np.float32,
+            FLOAT16,
+            r"has dtype float16, but params has float32. Adam\(..., allow_mixed=True\) takes it.",
+        ),
         (np.float64, BFLOAT16, "has dtype bfloat16, but params has float64. Both must be the same."),
         (np.float64, np.float32, "has dtype float32, but params has float64. Both must be the same."),
     ],
@@ -417,6 +421,37 @@ def test_other_gradients(stored: Any, grad: Any, message: str) -> None:
     opt = Adam(param)
     with refused(TypeError, f"^grad for params {message}$", opt, param, array):
         opt.step(array)
+
+
+@each_isa
+@each_stored
+def test_mixed(stored: np.dtype, isa: str, tmp_path: pathlib.Path) -> None:
+    """A float32 parameter takes the numbers that its gradient of 16 bits stands for."""
+    rng = np.random.default_rng(6)
+    grads = [rng.standard_normal(1100).astype(stored) for _ in range(3)]
+    options: dict[str, Any] = {"max_norm": 1.0, "ema_decay": 0.9}
+    mixed, wide = np.ones(1100, np.float32), np.ones(1100, np.float32)
+    opt, other = Adam(mixed, allow_mixed=True, **options), Adam(wide, **options)
+    for grad in grads[:2]:
+        assert opt.step(grad, grad_scale=3.0) == other.step(grad.astype(np.float32), grad_scale=3.0)
+    opt.save(tmp_path / "a")
+    pickled = pickle.loads(pickle.dumps(opt))
+    pickled.step(grads[2], zero_grad=False)
+    copied = mixed.copy()
+    Adam.load(tmp_path / "a", copied, allow_mixed=True).step(grads[2])
+    opt.accumulate(grads[2])
+    opt.step()
+    other.step(grads[2].astype(np.float32))
+    for param in (mixed, copied, pickled.param_groups[0]["params"][0]):
+        assert_same_bits(param, wide)
+    with pytest.raises(TypeError, match="Both must be the same"):
+        Adam(np.ones(2), allow_mixed=True).step(np.ones(2, stored))
+    arrays = random_arrays(300, np.float32)._replace(grad=grads[0][:300])
+    expected = reference.adam(*arrays, step=2, **OPTIONS["plain-beta1=0.9"])
+    arrays.step(OPTIONS["plain-beta1=0.9"], 2, isa, allow_mixed=True)
+    assert_same_arrays(arrays, expected)
+    with pytest.raises(TypeError, match="allow_mixed must be True or False, got 1"):
+        Adam(np.ones(2), allow_mixed=1)  # type: ignore[arg-type]
 
 
 def test_moments_of_16_bits() -> None:

@@ -255,7 +255,7 @@ def test_loading_copies_tensors() -> None:
 @classes
 def test_defaults_and_names_are_those_of_torch(ours: Any, theirs: Any) -> None:
     parameters = inspect.signature(theirs).parameters
-    not_torchs = {"no_decay", "num_threads", *LATER}
+    not_torchs = {"no_decay", "allow_mixed", "num_threads", *LATER}
     for name, parameter in inspect.signature(ours).parameters.items():
         if name not in not_torchs:
             assert parameter.default == parameters[name].default, name

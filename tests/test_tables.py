@@ -54,6 +54,7 @@ def test_all_arguments_of_signatures(name: str) -> None:
     """Nothing that is in no table, but for these."""
     arrays = [stream.name for stream in STREAMS]
     others = [*arrays, "step", "grad_scale", "zero_grad"] if name == "adam_step" else ["params", "no_decay"]
+    others.append("allow_mixed")
     found = set(inspect.signature(FUNCTIONS[name][0]).parameters)
     assert found - set(DEFAULTS) == {*others, "num_threads"}
 

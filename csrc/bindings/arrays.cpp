@@ -282,14 +282,18 @@ void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts&
 }
 
 void require_grad(const ArrayFacts& grad, const Place& place, const ArrayFacts& param,
-                  const Place& param_place) {
-  if (grad.dtype != param.dtype && grad.dtype != dtype_of(kGrad, param.dtype)) {
-    const std::string both =
-        is_coded(param.dtype) ? " It must be that, or float32." : " Both must be the same.";
+                  const Place& param_place, bool mixed) {
+  const bool narrower = is_coded(grad.dtype) && param.dtype == computed_in(grad.dtype);
+  const bool taken = grad.dtype == param.dtype || grad.dtype == dtype_of(kGrad, param.dtype) ||
+                     (narrower && mixed);
+  if (!taken) {
+    const char* advice = is_coded(param.dtype) ? " It must be that, or float32."
+                         : narrower            ? " Adam(..., allow_mixed=True) takes it."
+                                               : " Both must be the same.";
     throw py::type_error(
         Difference(place, &param_place)
             .of("has", "had", "dtype ", dtype_name(grad.dtype), dtype_name(param.dtype)) +
-        both);
+        advice);
   }
   require_same_form(grad, place, param, &param_place);
 }

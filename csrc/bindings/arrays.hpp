@@ -54,9 +54,9 @@ void require_writeable(py::handle array, const Place& place, const char* reason)
 // made.
 void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts& model,
                   const Place* model_place);
-// A gradient of that param: one of 16 bits may have one of float32.
+// A gradient of that param: one of 16 bits may have one of float32; with mixed, the reverse, too.
 void require_grad(const ArrayFacts& grad, const Place& place, const ArrayFacts& param,
-                  const Place& param_place);
+                  const Place& param_place, bool mixed);
 
 const char* dtype_name(DType dtype);
 py::dtype numpy_dtype(DType dtype);

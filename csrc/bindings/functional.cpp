@@ -12,7 +12,8 @@
 namespace fused_adam {
 
 StepReport adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
-                     int64_t step, const py::dict& arrays, bool zero_grad, py::handle grad_scale) {
+                     int64_t step, const py::dict& arrays, bool zero_grad, py::handle grad_scale,
+                     bool allow_mixed) {
   Rates numbers = Rates::refused();
   const HyperParameters hyper = OptionReader().read(options, "", numbers);
   const double scale = read_grad_scale(grad_scale);
@@ -31,7 +32,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
     const ArrayFacts facts = array_facts(array, name);
     if (info.stream == kParam) param = facts;
     if (info.stream == kGrad) {
-      require_grad(facts, name, param, param_name);
+      require_grad(facts, name, param, param_name, allow_mixed);
       grad_dtype = facts.dtype;
     } else {
       ArrayFacts like = param;

@@ -98,12 +98,12 @@ void bind(py::module_& m) {
   m.def(
       "adam_step",
       [](const std::string& isa, const Threads& threads, const py::dict& options, int64_t step,
-         const py::dict& arrays, bool zero_grad, const py::object& grad_scale) {
+         const py::dict& arrays, bool zero_grad, const py::object& grad_scale, bool allow_mixed) {
         return report_for_python(
-            adam_step(isa, threads, options, step, arrays, zero_grad, grad_scale));
+            adam_step(isa, threads, options, step, arrays, zero_grad, grad_scale, allow_mixed));
       },
       py::arg("isa"), py::arg("threads"), py::arg("options"), py::arg("step"), py::arg("arrays"),
-      py::arg("zero_grad"), py::arg("grad_scale"));
+      py::arg("zero_grad"), py::arg("grad_scale"), py::arg("allow_mixed"));
 
   py::class_<Structure, std::shared_ptr<Structure>>(m, "Structure")
       .def(py::init<const py::object&>(), py::arg("params"))
@@ -123,7 +123,9 @@ void bind(py::module_& m) {
 
   py::class_<Optimizer> optimizer(m, "Optimizer");
   add_fast_method<Optimizer, 4 + kOverrides, step>(optimizer, "step");
-  optimizer.def(py::init<const std::string&, const Threads&>(), py::arg("isa"), py::arg("threads"))
+  optimizer
+      .def(py::init<const std::string&, const Threads&, bool>(), py::arg("isa"), py::arg("threads"),
+           py::arg("allow_mixed"))
       .def("__len__", &Optimizer::size)
       .def_property_readonly("isa", &Optimizer::isa)
       .def_property_readonly("grouped", &Optimizer::grouped)

@@ -24,8 +24,8 @@ const char* role_of(int64_t owner) { return is_param(owner) ? "" : "the state of
 
 }  // namespace
 
-Optimizer::Optimizer(const std::string& isa, const Threads& threads)
-    : isa_(isa_by_name(isa)), threads_(threads), params_key_("params") {}
+Optimizer::Optimizer(const std::string& isa, const Threads& threads, bool allow_mixed)
+    : isa_(isa_by_name(isa)), threads_(threads), allow_mixed_(allow_mixed), params_key_("params") {}
 
 Place Optimizer::place(const char* role, const Slot& slot) const {
   return place_in(trees_[slot.tree], role, slot.leaf);
@@ -109,7 +109,7 @@ void Optimizer::update_memory() {
 void Optimizer::check_grad(Slot& slot, py::handle array, const char* role) {
   const Place name = place(role, slot), param_name = place("", slot);
   const ArrayFacts grad = array_facts(array, name);
-  require_grad(grad, name, slot.layout(), param_name);
+  require_grad(grad, name, slot.layout(), param_name, allow_mixed_);
   int64_t owner = memory_.owner_of_overlap(grad.memory(), slot.grad_hint);
   if (owner != WrittenMemory::kNone) {
     // A param that is left out of this step may have moved since, and its old memory be this grad.

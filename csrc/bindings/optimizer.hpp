@@ -23,7 +23,8 @@ namespace fused_adam {
 
 class Optimizer {
  public:
-  Optimizer(const std::string& isa, const Threads& threads);
+  // allow_mixed: gradients of 16 bits for params of float32.
+  Optimizer(const std::string& isa, const Threads& threads, bool allow_mixed);
 
   // Takes a tree of arrays and makes their state. new_groups: the options of each group that it is
   // divided into, mostly one, and which leaves are in it. They are appended to the caller's list,
@@ -158,6 +159,7 @@ class Optimizer {
 
   const Isa& isa_;
   const Threads threads_;
+  const bool allow_mixed_;
   const OptionReader reader_;
   const py::str params_key_;
   // Of changes to slots_, groups_ and trees_, other than by steps, against those that read without

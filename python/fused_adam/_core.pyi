@@ -28,6 +28,7 @@ def adam_step(
     arrays: dict[str, Any],
     zero_grad: bool,
     grad_scale: float | None,
+    allow_mixed: bool,
 ) -> tuple[bool, float] | None: ...
 
 @final
@@ -50,7 +51,7 @@ class Structure:
 
 @final
 class Optimizer:
-    def __init__(self, isa: str, threads: Threads) -> None: ...
+    def __init__(self, isa: str, threads: Threads, allow_mixed: bool) -> None: ...
     def __len__(self) -> int: ...
     @property
     def isa(self) -> str: ...

@@ -113,6 +113,9 @@ class Adam:
         become a group of their own, with ``weight_decay=0``, behind the others that they were given with;
         gradients keep the structure of `params`. Also a key of a group, in the place of this; for
         groups that are added later it is the only way.
+    allow_mixed : bool, default False
+        Take gradients of 16 bits for parameters of float32, too: they are decoded. Whoever keeps some in
+        either type by mistake learns it otherwise.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
@@ -159,6 +162,7 @@ class Adam:
     # Options that a subclass does not let a checkpoint change.
     _fixed_options: ClassVar[Mapping[str, Any]] = {}
     _grads: _Grads | None
+    _allow_mixed = False  # also of pickles of a version that did not have it
 
     def __init__(
         self,
@@ -179,13 +183,15 @@ class Adam:
         bias_correction: bool = True,
         master_weights: bool = False,
         no_decay: NoDecay | None = None,
+        allow_mixed: bool = False,
         num_threads: int | None = None,
     ) -> None:
         self.defaults: dict[str, Any] = options_in(locals())
         _core.check_options(self.defaults, "", 0)
         self.defaults["betas"] = tuple(betas)
         self.param_groups: list[dict[str, Any]] = []
-        self._num_threads = num_threads
+        _config.require_flag("allow_mixed", allow_mixed)
+        self._allow_mixed, self._num_threads = allow_mixed, num_threads
         self._new_core()
         if isinstance(params, Iterator):
             params = list(params)
@@ -554,6 +560,7 @@ class Adam:
         *,
         lr: LearningRate | None = None,
         no_decay: NoDecay | None = None,
+        allow_mixed: bool = False,
         num_threads: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
@@ -571,7 +578,7 @@ class Adam:
             Learning rate of all groups from here on, in the place of what the file has; a group's own
             ``"lr"`` counts then. Where the optimizer that was saved had a function, which is code and in no
             file, one has to be given.
-        no_decay, num_threads : optional
+        no_decay, allow_mixed, num_threads : optional
             As at construction. The parameters of `no_decay` are a group in the file, so it has to be given
             again.
         progress : function, optional
@@ -595,7 +602,12 @@ class Adam:
         """
         from fused_adam import _file
 
-        given: dict[str, Any] = {"lr": lr, "no_decay": no_decay, "num_threads": num_threads}
+        given: dict[str, Any] = {
+            "lr": lr,
+            "no_decay": no_decay,
+            "allow_mixed": allow_mixed or None,
+            "num_threads": num_threads,
+        }
         opt = cls(params, **{key: value for key, value in given.items() if value is not None})
         with _core.ExclusiveUse(opt._core):
             _file.load(
@@ -662,7 +674,8 @@ class Adam:
     # --- private ---
 
     def _new_core(self) -> None:
-        self._core = _core.Optimizer(_config.ISA, _config.threads(self._num_threads))
+        threads = _config.threads(self._num_threads)
+        self._core = _core.Optimizer(_config.ISA, threads, self._allow_mixed)
         self._state = OptimizerState(self._core)
         self._grads = None
 

@@ -20,7 +20,7 @@ class AdamW(Adam):
     ----------
     params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite
         As in :class:`Adam`.
-    eps_mode, bias_correction, master_weights, no_decay, num_threads
+    eps_mode, bias_correction, master_weights, no_decay, allow_mixed, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -51,9 +51,15 @@ class AdamW(Adam):
         bias_correction: bool = True,
         master_weights: bool = False,
         no_decay: NoDecay | None = None,
+        allow_mixed: bool = False,
         num_threads: int | None = None,
     ) -> None:
         options = options_in(locals())
         super().__init__(
-            params, **options, decoupled_weight_decay=True, no_decay=no_decay, num_threads=num_threads
+            params,
+            **options,
+            decoupled_weight_decay=True,
+            no_decay=no_decay,
+            allow_mixed=allow_mixed,
+            num_threads=num_threads,
         )

@@ -37,6 +37,7 @@ def adam_step(
     master_param: npt.NDArray[Any] | None = None,
     grad_scale: float | None = None,
     zero_grad: bool = False,
+    allow_mixed: bool = False,
     num_threads: int | None = None,
 ) -> StepInfo:
     """One Adam step on arrays that the caller owns. Updates them in place; `grad` only with `zero_grad`.
@@ -67,7 +68,7 @@ def adam_step(
         Divide the gradient by it first, as in :meth:`fused_adam.Adam.step`.
     zero_grad : bool, default False
         Set `grad` to zeros once it is used, or the step is skipped.
-    num_threads : int, optional
+    allow_mixed, num_threads : optional
         As in :class:`fused_adam.Adam`.
 
     Returns
@@ -100,8 +101,9 @@ def adam_step(
     options, arrays = options_in(locals()), streams_in(locals())
     step = _config.as_int("step", step)
     _config.require_flag("zero_grad", zero_grad)
+    _config.require_flag("allow_mixed", allow_mixed)
     if not 1 <= step < 2**63:
         raise ValueError(f"step must be >= 1 and < 2**63, got {step}.")
     threads = _config.threads(num_threads)
-    report = _core.adam_step(_config.ISA, threads, options, step, arrays, zero_grad, grad_scale)
+    report = _core.adam_step(_config.ISA, threads, options, step, arrays, zero_grad, grad_scale, allow_mixed)
     return PLAIN_STEP if report is None else StepInfo(*report)
