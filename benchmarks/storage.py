@@ -25,7 +25,7 @@ from benchmarks.workloads import WORKLOADS
 
 SHAPES = WORKLOADS[-1].shapes
 THREADS = (1, 2)
-# Name of the storage: its dtype, whether there are master weights, bytes that a step of ours moves for an element.
+# By name: the dtype, whether there are master weights, bytes that a step of ours moves for an element.
 STORAGES = {
     "float32": ("float32", False, 28),
     "bfloat16": ("bfloat16", False, 22),

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <iterator>
+#include <limits>
 
 #include "text.hpp"
 
@@ -26,7 +27,8 @@ std::string shape_text(const ArrayFacts& facts) {
   return "(" + list + ")";
 }
 
-constexpr int kRegistered = -1;  // by another package, with a number that it got then
+// By another package, with a number that it got then. No type has this one; some have -1.
+constexpr int kRegistered = std::numeric_limits<int>::min();
 struct ElementType {
   DType dtype;
   const char* name;
@@ -107,13 +109,17 @@ bool is_memory_map(py::handle owner) {
   return PyObject_TypeCheck(owner.ptr(), mmap) != 0;
 }
 
+int64_t bytes_of_element(const PyArray_Proxy* array) {
+  return npy_api::get().PyArray_RUNTIME_VERSION_ < 0x12
+             ? py::detail::array_descriptor1_proxy(array->descr)->elsize
+             : py::detail::array_descriptor2_proxy(array->descr)->elsize;
+}
+
 // A view whose owner was resized points to memory that is gone, or ends too early: NumPy does not
 // know its views. Only an array that owns its memory can be resized.
 bool is_within_owner(py::handle owning, const ArrayFacts& facts, const npy_api& numpy) {
   const PyArray_Proxy* owner = py::detail::array_proxy(owning.ptr());
-  int64_t bytes = numpy.PyArray_RUNTIME_VERSION_ < 0x12
-                      ? py::detail::array_descriptor1_proxy(owner->descr)->elsize
-                      : py::detail::array_descriptor2_proxy(owner->descr)->elsize;
+  int64_t bytes = bytes_of_element(owner);
   for (int i = 0; i < owner->nd; ++i) bytes *= owner->dimensions[i];
   const auto begin = reinterpret_cast<uintptr_t>(facts.data);
   const auto owner_begin = reinterpret_cast<uintptr_t>(owner->data);
@@ -132,13 +138,15 @@ bool same_shape(const ArrayFacts& a, const ArrayFacts& b) {
 }
 
 // The bfloat16 of ml_dtypes, which JAX and TensorFlow use too. Its number stays once it has one.
-bool is_bfloat16(const PyArrayDescr_Proxy* descr) {
+bool is_bfloat16(const PyArray_Proxy* array) {
   constexpr int kFirstRegistered = 256;
   static std::atomic<int> number{kRegistered};
+  const auto* descr = reinterpret_cast<const PyArrayDescr_Proxy*>(array->descr);
   if (descr->type_num < kFirstRegistered) return false;
   if (descr->type_num == number.load(std::memory_order_relaxed)) return true;
   const py::handle type(descr->typeobj);
-  if (text(type.attr("__name__")) != "bfloat16" || text(type.attr("__module__")) != "ml_dtypes") {
+  if (text(type.attr("__name__")) != "bfloat16" || text(type.attr("__module__")) != "ml_dtypes" ||
+      bytes_of_element(array) != size_of(kBFloat16)) {
     return false;
   }
   number.store(descr->type_num, std::memory_order_relaxed);
@@ -150,8 +158,8 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place) {
   const auto* type = std::find_if(
       std::begin(kElementTypes), std::end(kElementTypes),
       [&](const ElementType& element) { return element.numpy_type == descr->type_num; });
+  if (type == std::end(kElementTypes) && is_bfloat16(array)) type = kElementTypes + kBFloat16;
   if (type == std::end(kElementTypes)) {
-    if (is_bfloat16(descr)) return kBFloat16;
     throw py::type_error(place.str() + " has dtype " + text(array->descr) +
                          ", expected float32, float64, float16 or bfloat16. Convert it once, " +
                          "with a.astype(np.float32), and use the result.");

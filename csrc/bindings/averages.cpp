@@ -3,36 +3,42 @@
 
 #include <algorithm>
 #include <exception>
+#include <utility>
+#include <vector>
 
 #include "../float_mode.hpp"
+#include "../tiles.hpp"
 #include "optimizer.hpp"
 #include "without_gil.hpp"
 
 namespace fused_adam {
 namespace {
 
-// A param whose average is stored in another type takes its nearest numbers, and what they are
-// nearest to is kept.
+// A param that cannot hold all of its average takes its nearest numbers, and its own are kept.
 void exchange(Slot& slot, const StageTable& stages) {
   const DType dtype = slot.layout().dtype;
-  const int64_t size = slot.layout().size, bytes = bytes_of(kEma, dtype, size);
+  const int64_t size = slot.layout().size;
   char* const param = static_cast<char*>(slot.streams.at[kParam]);
   char* const ema = static_cast<char*>(slot.streams.at[kEma]);
   slot.holds_average = !slot.holds_average;
   if (!is_coded(dtype)) {
-    std::swap_ranges(param, param + bytes, ema);
-    return;
-  }
-  const DefaultFloatMode mode;
-  const Convert decode = stages.decode[dtype - kComputed],
-                encode = stages.encode[dtype - kComputed];
-  if (slot.holds_average) {
-    memcpy(slot.kept_average.data(), ema, static_cast<size_t>(bytes));
-    decode(param, ema, size);
-    encode(slot.kept_average.data(), param, size);
+    std::swap_ranges(param, param + bytes_of(kEma, dtype, size), ema);
+  } else if (slot.holds_average) {
+    const DefaultFloatMode mode;
+    memcpy(slot.kept_param.data(), param, slot.kept_param.size());
+    encode(stages, dtype, ema, param, size);
   } else {
-    encode(ema, param, size);
-    memcpy(ema, slot.kept_average.data(), static_cast<size_t>(bytes));
+    memcpy(param, slot.kept_param.data(), slot.kept_param.size());
+  }
+}
+
+// Numbers of a param, wherever they are, as they begin an average.
+void decode(const StageTable& stages, DType dtype, const void* param, void* ema, int64_t size) {
+  if (is_coded(dtype)) {
+    const DefaultFloatMode mode;
+    stages.decode[dtype - kComputed](param, ema, size);
+  } else {
+    memcpy(ema, param, static_cast<size_t>(bytes_of(kEma, dtype, size)));
   }
 }
 
@@ -46,7 +52,7 @@ void Optimizer::require_averages() const {
 
 py::list Optimizer::averages(py::handle param_groups) {
   const StepScope scope(*this);
-  read_groups(param_groups);
+  read_groups(param_groups, Rates::not_asked());
   require_averages();
   add_missing(wanted_by_options());
   std::vector<py::object> views;
@@ -57,16 +63,10 @@ py::list Optimizer::averages(py::handle param_groups) {
     }
     if (!slot.has_values(kEma)) {
       check_layout(slot);
-      const DType dtype = slot.layout().dtype;
-      const int64_t size = slot.layout().size;
-      void* const ema = slot.streams.at[kEma];
-      const void* const param = slot.streams.at[kParam];
-      if (is_coded(dtype)) {
-        const DefaultFloatMode mode;
-        isa_.stages->decode[dtype - kComputed](param, ema, size);
-      } else {
-        memcpy(ema, param, static_cast<size_t>(bytes_of(kEma, dtype, size)));
-      }
+      const bool has_master = hypers_[slot.group].master_weights && slot.has_values(kMasterParam);
+      const Stream from = has_master ? kMasterParam : kParam;
+      decode(*isa_.stages, dtype_of(from, slot.layout().dtype), slot.streams.at[from],
+             slot.streams.at[kEma], slot.layout().size);
     }
     views.push_back(fresh_view(slot.array(kEma)));
   }
@@ -75,22 +75,25 @@ py::list Optimizer::averages(py::handle param_groups) {
 
 void Optimizer::use_averages(py::handle param_groups) {
   StepScope scope(*this);
-  read_groups(param_groups);
+  read_groups(param_groups, Rates::not_asked());
   require_averages();
   // Equal to its param until its first step.
   const auto differs = [&](const Slot& slot) {
     return hypers_[slot.group].keeps_ema() && slot.has_values(kEma);
   };
-  for (Slot& slot : slots_) {
-    if (differs(slot)) check_param(slot);
-    if (differs(slot) && is_coded(slot.layout().dtype)) {
-      slot.kept_average.resize(static_cast<size_t>(slot.layout().size));
-    }
+  std::vector<std::vector<char>> kept(slots_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!differs(slots_[i])) continue;
+    check_param(slots_[i]);
+    const ArrayFacts& param = slots_[i].layout();
+    if (is_coded(param.dtype)) kept[i].resize(static_cast<size_t>(param.bytes()));
   }
   if (!memory_is_indexed_) index_memory();
   const WithoutGil no_gil;
-  for (Slot& slot : slots_) {
-    if (differs(slot)) exchange(slot, *isa_.stages);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!differs(slots_[i])) continue;
+    slots_[i].kept_param = std::move(kept[i]);
+    exchange(slots_[i], *isa_.stages);
   }
   scope.leave_for(Use::kAverages);
 }
@@ -108,11 +111,16 @@ void Optimizer::use_params() {
       if (slot.streams.at[kParam] != before) check_param(slot);
     } catch (...) {
       if (!problem) problem = std::current_exception();
+      const DType dtype = slot.layout().dtype;
+      if (is_coded(dtype)) {  // its numbers go where those of all others are
+        decode(*isa_.stages, dtype, slot.kept_param.data(), slot.streams.at[kEma],
+               slot.layout().size);
+      }
       continue;
     }
     const WithoutGil no_gil;
     exchange(slot, *isa_.stages);
-    slot.kept_average = {};
+    std::vector<char>().swap(slot.kept_param);
   }
   if (problem) std::rethrow_exception(problem);
   exclusive.leave_for(Use::kNone);

@@ -90,7 +90,7 @@ void bind(py::module_& m) {
         OptionReader().read(options, where, rates);
       },
       py::arg("options"), py::arg("where"), py::arg("steps"));
-  m.def("learning_rate", &learning_rate, py::arg("lr"), py::arg("where"), py::arg("steps"));
+  m.def("learning_rates", &learning_rates, py::arg("groups"), py::arg("names"), py::arg("steps"));
   m.def("option_table", &options_for_python);
   m.def("stream_table", &streams_for_python);
   m.def("scatter", &scatter, py::arg("elements"), py::arg("arrays"));

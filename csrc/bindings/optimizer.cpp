@@ -190,7 +190,7 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
   const StepScope scope(*this);
   // What may run code of the caller (a key that compares, a number that converts) comes first.
   flatten_grads(grads, "grads", grads_);
-  read_groups(param_groups);
+  read_groups(param_groups, Rates::asked_for(steps_));
   reader_.override_by(overrides, hypers_);
   StepWishes wishes;
   wishes.zero_grad = zero_grad;
@@ -221,14 +221,13 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
   }
   steps_.store(steps_ + 1, std::memory_order_relaxed);  // only here, and in exclusive use
   for (size_t g = 0; g < groups_.size(); ++g) {
-    unsigned begun = 0;
-    for (const StreamInfo& info : kStreamTable) {
-      if (info.wanted(hypers_[g])) begun |= 1u << info.stream;
-    }
+    const bool has_masters = hypers_[g].master_weights;
     for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
       if (grads_[i].is_none()) continue;
       slots_[i].step += 1;
-      slots_[i].have_begun(begun);
+      slots_[i].have_begun(wanted_streams(hypers_[g], slots_[i].layout().dtype));
+      // What a step has passed by would take the param back to where it was.
+      if (!has_masters) slots_[i].set_values(kMasterParam, false);
     }
   }
   return report;

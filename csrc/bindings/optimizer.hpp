@@ -136,7 +136,7 @@ class Optimizer {
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
   // The checked dicts and their options into dicts_ and hypers_.
-  void read_groups(py::handle param_groups);
+  void read_groups(py::handle param_groups, Rates rates);
   // Arrays in the structure of the parameters, one for each slot.
   void flatten_grads(py::handle grads, const char* root, std::vector<py::object>& of_slot) const;
   void flatten_grads(const Tree& tree, py::handle grads, const std::string& root,

@@ -155,11 +155,10 @@ void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts)
   }
 }
 
-void Optimizer::read_groups(py::handle param_groups) {
+void Optimizer::read_groups(py::handle param_groups, Rates rates) {
   dicts_.clear();
   hypers_.clear();
   groups_in(param_groups, dicts_);
-  Rates rates = Rates::asked_for(steps_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
     hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, rates));
   }

@@ -113,7 +113,7 @@ py::dict Optimizer::streams(const py::dict& wanted) {
 }
 
 void Optimizer::make_wanted_streams(py::handle param_groups) {
-  read_groups(param_groups);
+  read_groups(param_groups, Rates::not_asked());
   add_missing(wanted_by_options());
   dicts_.clear();
   hypers_.clear();

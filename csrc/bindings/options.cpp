@@ -278,9 +278,15 @@ double Rates::of(py::handle function, const std::string& name) {
   return asked_.back().second;
 }
 
-double learning_rate(py::handle lr, const std::string& where, int64_t steps) {
+std::vector<double> learning_rates(const std::vector<py::dict>& groups,
+                                   const std::vector<std::string>& names, int64_t steps) {
   Rates rates = Rates::asked_for(steps);
-  return rate(lr, where, py::str("lr"), rates);
+  const OptionReader reader;
+  std::vector<double> found;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    found.push_back(reader.read(groups[i], names.at(i), rates).lr);
+  }
+  return found;
 }
 
 void OptionReader::override_by(const OptionOverrides& overrides,

@@ -73,8 +73,9 @@ class Rates {
   std::vector<std::pair<py::object, double>> asked_;
 };
 
-// The rate that a learning rate is in the next step after so many: a number or a function. Checked.
-double learning_rate(py::handle lr, const std::string& where, int64_t steps);
+// The rates of groups, which have these names, in the next step after so many. Checked.
+std::vector<double> learning_rates(const std::vector<py::dict>& groups,
+                                   const std::vector<std::string>& names, int64_t steps);
 
 // Reads the options of a parameter group, a dict as in torch.optim. TypeError for a wrong Python
 // type, ValueError for a value out of range or a missing key. where: "param_groups[0]", or "" for

@@ -60,7 +60,7 @@ class Slot {
   const void* listed_data = nullptr;  // of param, by the last add_to
   size_t grad_hint = 0;               // for WrittenMemory::owner_of_overlap
   bool holds_average = false;         // param, whose values are in its average meanwhile
-  std::vector<float> kept_average;    // meanwhile, where param cannot hold all of it
+  std::vector<char> kept_param;       // meanwhile, where the average cannot take its place
   size_t group, tree, leaf;
 
  private:

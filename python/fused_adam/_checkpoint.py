@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
-    param_groups = saved_groups(groups, names, core.steps)
+    param_groups = saved_groups(groups, names, rates_of(groups, core.steps))
     core.make_wanted_streams(groups)  # those of options that were switched on, and not stepped since
     state = dict(enumerate(copy_state(core)))
     saved: dict[str, Any] = {"state": state, "param_groups": param_groups}
@@ -40,17 +40,24 @@ def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names
     return {**saved, "requires": required} if required else saved
 
 
-def saved_groups(groups: list[dict[str, Any]], names: Names, steps: int) -> list[dict[str, Any]]:
+def rates_of(groups: list[dict[str, Any]], steps: int, *more: str) -> list[float]:
+    """The rate of each in the next step. All options are checked, as edited: what is saved must load.
+
+    more: what messages call those behind the groups of parameters.
+    """
+    where = [f"param_groups[{i}]" for i in range(len(groups) - len(more))]
+    return _core.learning_rates(groups, [*where, *more], steps)
+
+
+def saved_groups(groups: list[dict[str, Any]], names: Names, rates: list[float]) -> list[dict[str, Any]]:
     """The groups with indices and names for arrays."""
     all_saved = []
     first = 0
-    for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
-        where = f"param_groups[{i}]"
-        _core.check_options(group, where, None)  # as edited: what is saved must load
+    for group, group_names, rate in zip(groups, names, rates, strict=True):
         # Of their own, as the arrays: what the groups hold may be edited.
         options = {
             k: list(v) if type(v) is list else v if _is_list(v) else plain(v)
-            for k, v in with_plain_lr(group, steps, where).items()
+            for k, v in with_plain_lr(group, rate).items()
         }
         saved = {**TORCH_FLAGS, **used(options), "params": list(range(first, first + len(group["params"])))}
         if group_names is not None:
@@ -60,12 +67,11 @@ def saved_groups(groups: list[dict[str, Any]], names: Names, steps: int) -> list
     return all_saved
 
 
-def with_plain_lr(options: Mapping[str, Any], steps: int, where: str) -> dict[str, Any]:
+def with_plain_lr(options: Mapping[str, Any], rate: float) -> dict[str, Any]:
     """The options, with the rate of the next step in the place of a function, and how that is written."""
     lr = options["lr"]
     if not callable(lr):
         return {**options}
-    rate = _core.learning_rate(lr, where, steps)
     try:
         written = re.sub(r" at 0x[0-9a-fA-F]+", "", ascii(lr))  # not where it lay in memory
     except Exception:
@@ -226,8 +232,11 @@ def _read_entry(
     for name in ("step", *wanted):
         _require(name in saved or name in begins_later, f"{where} has no {name!r}")
     entry: Entry = {"step": _read_step(saved["step"], f"{where}['step']")}
+    # What only parameters of 16 bits have is nothing to others.
+    is_coded = layouts["param"][0] != layouts["exp_avg"][0]
+    unused = {stream.name for stream in STREAMS if stream.coded_only and not is_coded}
     for name in STATE:
-        if name in saved:
+        if name in saved and name not in unused:
             dtype, shape, _ = layouts[name]
             # PyTorch's are stored as the parameter is.
             entry[name] = _read_array(saved[name], f"{where}[{name!r}]", dtype, shape, layouts["param"][0])
@@ -250,7 +259,7 @@ def _read_array(
     array = value
     if hasattr(value, "detach"):  # a tensor
         tensor = value.detach().cpu()
-        if dtype == "float32" and str(tensor.dtype) == f"torch.{narrower}":
+        if dtype != narrower and str(tensor.dtype) == f"torch.{narrower}":
             tensor = tensor.float()  # exact; and bfloat16 is none of NumPy's own
         try:
             array = tensor.numpy()
@@ -260,7 +269,7 @@ def _read_array(
         array = np.asarray(value)
     is_array = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
     _require(is_array, f"{where} must be an array, got {type(value).__name__}", TypeError)
-    if str(array.dtype) == narrower:
+    if dtype != narrower and str(array.dtype) == narrower:
         array = array.astype(dtype)
     _require(array.dtype == dtype, f"{where} has dtype {array.dtype}, expected {dtype}", TypeError)
     _require(array.shape == shape, f"{where} has shape {array.shape}, expected {shape}")

@@ -69,12 +69,12 @@ def save(
     table = Table(kinds, np.array(state.pop("step"), np.int64), state)
     streams = _streams_as_json(table)
     steps = core.steps
-    saved = _checkpoint.saved_groups(groups, names, steps)
+    *rates, default_rate = _checkpoint.rates_of([*groups, {**defaults}], steps, "defaults")
+    saved = _checkpoint.saved_groups(groups, names, rates)
     # Of a function that no group may have there is the rate: nobody is asked for it when this is loaded.
-    plain_defaults = _checkpoint.with_plain_lr(defaults, steps, "defaults")
+    plain_defaults = _checkpoint.with_plain_lr(defaults, default_rate)
     if callable(defaults["lr"]):
         del plain_defaults[LR_SCHEDULE]
-    _core.check_options(plain_defaults, "defaults", None)  # what is saved must load
     metadata = {
         "fused_adam_format": str(FORMAT),
         "fused_adam_version": _core.__version__,

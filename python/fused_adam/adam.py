@@ -56,13 +56,14 @@ class Adam:
     params : array, list, tuple or dict
         The arrays to train, updated in place: one array; lists, tuples and dicts of arrays, nested as
         you like; or parameter groups, a list of dicts with a key ``"params"`` and options of their own.
-        Arrays are float32 or float64, in C or Fortran order, aligned, writeable, of native byte order.
-        Or float16 or bfloat16 (of ml_dtypes): then the step is that of float32, with moments and averages in
-        float32, and what comes out is rounded to the nearest, of two equally near ones to the even one.
+        Arrays are float32, float64, float16 or bfloat16 (of ml_dtypes), in C or Fortran order, aligned,
+        writeable, of native byte order. For those of 16 bits the step is that of float32, with moments and
+        averages in float32, and what comes out is rounded to the nearest, of two equally near ones to the
+        even one.
     lr : float or function, default 1e-3
         Learning rate, >= 0. Or a function that gives it for the number of steps made before, from 0, as
-        those of :mod:`fused_adam.schedules`: each step asks it once, with :attr:`steps`. So do construction,
-        :attr:`lr` and checkpoints: its rate should depend on nothing else.
+        those of :mod:`fused_adam.schedules`: each step asks it once, with :attr:`steps`. Construction,
+        :attr:`lr` and checkpoints ask it, too: its rate should depend on nothing else.
     betas : (float, float), default (0.9, 0.999)
         Decay rates of the averages of the gradient and of its square, in [0, 1).
     eps : float, default 1e-8
@@ -367,11 +368,9 @@ class Adam:
     @property
     def lr(self) -> float:
         """The learning rate of all groups in the next step; setting it sets it in each."""
-        steps = self.steps
-        rates = set()
-        for i, group in enumerate(self._group_dicts()):
-            _core.check_options(group, f"param_groups[{i}]", None)
-            rates.add(_core.learning_rate(group["lr"], f"param_groups[{i}]", steps))
+        groups = self._group_dicts()
+        names = [f"param_groups[{i}]" for i in range(len(groups))]
+        rates = set(_core.learning_rates(groups, names, self.steps))
         if not rates:
             raise ValueError("the optimizer has no groups: its construction was refused.")
         if len(rates) > 1:
