@@ -105,18 +105,18 @@ class Adam:
         ``1 - beta2**t`` are 1.
     master_weights : bool, default False
         For parameters of 16 bits, keep a float32 copy, ``opt.state[i]["master_param"]``, which is what
-        steps update; the parameter is rounded from it after each step, and is read only as the first step
-        begins. Other parameters need none.
+        steps update; the parameter is rounded from it after each step, and is read only as the first of
+        these steps begins. Other parameters need none.
     no_decay : str, list of str or function, optional
         Parameters that are not to decay, biases and norms usually. Patterns of their names as in
-        :attr:`state`, ``["bias", "*norm*"]``: each matches a whole name or its end after a dot, with ``*``,
-        ``?`` and ``[...]``. Or a function ``(name, array) -> bool``: ``lambda name, w: w.ndim < 2``. They
-        become a group of their own, with ``weight_decay=0``, behind the others that they were given with;
-        gradients keep the structure of `params`. Also a key of a group, in the place of this; for
-        groups that are added later it is the only way.
+        :attr:`state` (in lists, indices), ``["bias", "*norm*"]``: each matches a whole name or its end after
+        a dot, with ``*``, ``?`` and ``[...]``. Or a function ``(name, array) -> bool``: ``lambda name, w:
+        w.ndim < 2``. They become a group of their own, with ``weight_decay=0``, behind the others that they
+        were given with; gradients keep the structure of `params`. Also a key of a group, in the place of
+        this; for groups that are added later it is the only way.
     allow_mixed : bool, default False
-        Take gradients of 16 bits for parameters of float32, too: they are decoded. Whoever keeps some in
-        either type by mistake learns it otherwise.
+        Take gradients of 16 bits for parameters of float32, too: they are decoded. By default that is an
+        error, since it may be a slip.
     num_threads : int, optional
         The most threads that a step uses. By default what OpenMP, CPU affinity and the cgroup allow, or
         the environment variable ``FUSED_ADAM_NUM_THREADS``. Results do not depend on it.
