@@ -132,7 +132,10 @@ def clipped(grad, max_norm, clip_value, grad_norm):
     narrow = grad.dtype.type
     with np.errstate(all="ignore"):
         if clip_value is not None:
-            grad = np.clip(grad, -narrow(clip_value), narrow(clip_value))
+            # Not np.clip: of two zeros, which one it takes depends on NumPy's version.
+            bound = narrow(clip_value)
+            grad = np.where(-bound > grad, -bound, grad)
+            grad = np.where(grad > bound, bound, grad)
         if max_norm is not None:
             coefficient = np.float64(max_norm) / (np.float64(grad_norm) + 1e-6)
             grad = grad * narrow(1 if coefficient > 1 else coefficient)
