@@ -117,7 +117,7 @@ int64_t bytes_of_element(const PyArray_Proxy* array) {
 
 // A view whose owner was resized points to memory that is gone, or ends too early: NumPy does not
 // know its views. Only an array that owns its memory can be resized.
-bool is_within_owner(py::handle owning, const ArrayFacts& facts, const npy_api& numpy) {
+bool is_within_owner(py::handle owning, const ArrayFacts& facts) {
   const PyArray_Proxy* owner = py::detail::array_proxy(owning.ptr());
   int64_t bytes = bytes_of_element(owner);
   for (int i = 0; i < owner->nd; ++i) bytes *= owner->dimensions[i];
@@ -221,7 +221,7 @@ ArrayFacts array_facts(py::handle object, const Place& place) {
   if (!owner) return facts;
   if (!numpy.PyArray_Check_(owner.ptr())) {
     facts.mapped = is_memory_map(owner);
-  } else if (!is_within_owner(owner, facts, numpy)) {
+  } else if (!is_within_owner(owner, facts)) {
     throw py::value_error(
         place.str() +
         " is a view of an array that was resized, and of memory that may be gone: "

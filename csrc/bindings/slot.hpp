@@ -45,7 +45,7 @@ class Slot {
   unsigned beginning(unsigned wanted) const {
     return wanted & missing_values() & copies_of_param();
   }
-  void have_begun(unsigned streams) { awaited_ &= ~streams; }
+  void have_begun(unsigned these) { awaited_ &= ~these; }
 
   // As loaded: this many steps, and values in these streams, a bit for each. The others are as at
   // the beginning.
