@@ -15,6 +15,9 @@ struct HyperParameters {
   static constexpr double kNone = -1.0;
   // Where eps stands: sqrt(v_hat) + eps; (sqrt(v) + eps) corrected; sqrt(v_hat + eps).
   enum EpsMode { kOutside, kHat, kRoot };
+  // What the moments are stored as: what they are computed in, or coded.
+  enum StateDType { kFull, kStateBFloat16, kStateFloat8 };
+  static constexpr int kStateDTypes = kStateFloat8 + 1;
 
   double lr = 1e-3;
   double beta1 = 0.9;
@@ -31,6 +34,9 @@ struct HyperParameters {
   EpsMode eps_mode = kOutside;
   bool bias_correction = true;
   bool master_weights = false;
+  bool stochastic_rounding = false;
+  int64_t seed = 0;
+  StateDType state_dtype = kFull;
 
   constexpr bool keeps_ema() const { return ema_decay >= 0.0; }
   constexpr bool clips_norm() const { return max_norm >= 0.0; }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 
 #include "slices.hpp"
@@ -13,8 +14,8 @@ namespace fused_adam {
 namespace {
 
 // Unscaled and clipped. grad may be in that tile already. dtype: computed in.
-const void* scaled(const StageTable& table, DType dtype, const GradCoefficientSet& all,
-                   const void* grad, int64_t count, Tile& tile) noexcept {
+void* scaled(const StageTable& table, DType dtype, const GradCoefficientSet& all, const void* grad,
+             int64_t count, Tile& tile) noexcept {
   const bool divides = dtype == kFloat32 ? all.f32.divides : all.f64.divides;
   table.scale_grad[dtype][divides](grad, tile.bytes, count, all);
   return tile.bytes;
@@ -57,24 +58,31 @@ void StepPlan::set_rule(const HyperParameters& hyper, int64_t step) {
   rules_.push_back({coefficients(hyper, step),
                     hyper.max_norm,
                     hyper.clip_value,
+                    step,
+                    hyper.seed,
                     l2,
                     hyper.amsgrad,
                     hyper.keeps_ema(),
                     hyper.master_weights,
+                    hyper.stochastic_rounding,
+                    {},
                     {},
                     {}});
+  if (hyper.state_dtype == HyperParameters::kFull) return;
+  for (uint32_t i = 0; i < kMoments; ++i) rules_.back().dithers[i] = moment_dither(i, step);
 }
 
-void StepPlan::add_array(const Streams& streams, int64_t size, DType dtype, DType grad_dtype,
-                         unsigned begins) {
+void StepPlan::add_array(const Streams& streams, int64_t size, const Storage& storage,
+                         DType grad_dtype, unsigned begins, uint32_t number) {
   if (size == 0) return;
-  int64_t line_end = lines_of(dtype, size), element_end = size;
+  int64_t line_end = lines_of(storage.param, size), element_end = size;
   if (!arrays_.empty()) {
     line_end += arrays_.back().line_end;
     element_end += arrays_.back().element_end;
   }
   const auto rule = static_cast<uint32_t>(rules_.size() - 1);
-  arrays_.push_back({streams, size, line_end, element_end, rule, dtype, grad_dtype, begins});
+  arrays_.push_back({streams, size, line_end, element_end, rule, number, storage.param, grad_dtype,
+                     storage.state, begins});
 }
 
 void StepPlan::end() {
@@ -119,17 +127,6 @@ void StepPlan::prepare_grads(double grad_norm) noexcept {
   }
 }
 
-StepPlan::Stages StepPlan::stages_of(const ArrayUpdate& array,
-                                     const StageTable& table) const noexcept {
-  const Rule& rule = rules_[array.rule];
-  const DType computed = computed_in(array.dtype);
-  Stages stages;
-  if ((array.begins >> kEma & 1u) != 0) stages.add(table.begin_average[computed]);
-  stages.add(table.adam[computed][rule.l2][rule.amsgrad]);
-  if (rule.ema) stages.add(table.average[computed]);
-  return stages;
-}
-
 // The streams from this element of param on.
 Streams StepPlan::piece_of(const ArrayUpdate& array, int64_t first) noexcept {
   if (first == 0) return array.streams;
@@ -137,8 +134,8 @@ Streams StepPlan::piece_of(const ArrayUpdate& array, int64_t first) noexcept {
   for (int i = 0; i < kStreams; ++i) {
     if (array.streams.at[i] == nullptr) continue;
     const auto stream = static_cast<Stream>(i);
-    const int64_t offset =
-        stream == kGrad ? first * size_of(array.grad_dtype) : bytes_of(stream, array.dtype, first);
+    const int64_t offset = stream == kGrad ? first * size_of(array.grad_dtype)
+                                           : bytes_of(stream, array.storage(), first);
     piece.at[i] = static_cast<char*>(array.streams.at[i]) + offset;
   }
   return piece;
@@ -146,42 +143,76 @@ Streams StepPlan::piece_of(const ArrayUpdate& array, int64_t first) noexcept {
 
 void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                          int64_t last) const noexcept {
-  const Stages stages = stages_of(array, table);
+  if (is_in_blocks(dtype_of(kExpAvg, array.storage()))) {
+    // Whoever has the first line of a block has all of it.
+    first = std::min((first + kBlock - 1) / kBlock * kBlock, array.size);
+    last = std::min((last + kBlock - 1) / kBlock * kBlock, array.size);
+  }
   const Rule& rule = rules_[array.rule];
-  const bool coded = is_coded(array.dtype) || is_coded(array.grad_dtype);
+  const bool rounded_later = is_coded(array.dtype) && (rule.masters || rule.rounds_stochastically);
   // The rule alone needs no tiles.
-  if (stages.count == 1 && !coded && !rule.scales_grad[array.dtype] && !wishes_.zero_grad) {
-    stages.at[0](piece_of(array, first), last - first, rule.coefficients);
+  if (rule.ema || rounded_later || rule.scales_grad[computed_in(array.dtype)] ||
+      wishes_.zero_grad) {
+    run_tiles(array, table, first, last);
   } else {
-    run_tiles(array, stages, table, first, last);
+    run_rule(array, table, piece_of(array, first), first, last - first, array.dtype,
+             array.grad_dtype);
   }
 }
 
-void StepPlan::run_tiles(const ArrayUpdate& array, const Stages& stages, const StageTable& table,
-                         int64_t first, int64_t last) const noexcept {
+void StepPlan::run_rule(const ArrayUpdate& array, const StageTable& table, const Streams& piece,
+                        int64_t first, int64_t count, DType param, DType grad) const noexcept {
+  const Rule& rule = rules_[array.rule];
+  if (!is_coded(param) && !is_coded(grad) && array.state == HyperParameters::kFull) {
+    table.adam[param][rule.l2][rule.amsgrad](piece, count, rule.coefficients);
+    return;
+  }
+  CodedStep step = {param, grad, dtype_of(kExpAvg, array.storage()), rule.l2, rule.amsgrad,
+                    first, {}};
+  std::copy(std::begin(rule.dithers), std::end(rule.dithers), step.dithers);
+  table.coded_adam[array.state](piece, count, rule.coefficients, step);
+}
+
+void StepPlan::run_tiles(const ArrayUpdate& array, const StageTable& table, int64_t first,
+                         int64_t last) const noexcept {
   const Rule& rule = rules_[array.rule];
   const DType computed = computed_in(array.dtype);
+  const bool coded = is_coded(array.dtype);
+  // An average is of numbers that are not rounded yet.
+  const bool in_tile = coded && !rule.masters && (rule.ema || rule.rounds_stochastically);
+  const bool scales = rule.scales_grad[computed];
+  const auto begins = [&](Stream stream) { return (array.begins >> stream & 1u) != 0; };
   Tile grad_tile, param_tile;
   for (int64_t begin = first; begin < last; begin += kTile) {
     const int64_t count = std::min(kTile, last - begin);
     Streams piece = piece_of(array, begin);
     void* const param = piece.at[kParam];
     void* const grad = piece.at[kGrad];
-    const void* taken = decoded(table, array.grad_dtype, grad, count, grad_tile);
-    if (rule.scales_grad[computed]) {
-      taken = scaled(table, computed, rule.grad, taken, count, grad_tile);
+    if (scales) {
+      const void* const numbers = decoded(table, array.grad_dtype, grad, count, grad_tile);
+      piece.at[kGrad] = scaled(table, computed, rule.grad, numbers, count, grad_tile);
     }
-    piece.at[kGrad] = const_cast<void*>(taken);  // which no stage writes
-    if (is_coded(array.dtype)) {
-      piece.at[kParam] = rule.masters ? piece.at[kMasterParam] : param_tile.bytes;
-      if (!rule.masters || (array.begins >> kMasterParam & 1u) != 0) {
-        table.decode[array.dtype - kComputed](param, piece.at[kParam], count);
-      }
+    if (in_tile) piece.at[kParam] = param_tile.bytes;
+    if (coded && rule.masters) piece.at[kParam] = piece.at[kMasterParam];
+    const bool as_numbers = piece.at[kParam] != param;
+    if (as_numbers && (in_tile || begins(kMasterParam))) {
+      decode(table, array.dtype, param, nullptr, piece.at[kParam], count);
     }
-    for (int i = 0; i < stages.count; ++i) stages.at[i](piece, count, rule.coefficients);
-    if (is_coded(array.dtype)) encode(table, array.dtype, piece.at[kParam], param, count);
+    if (rule.ema && begins(kEma)) table.begin_average[computed](piece, count, rule.coefficients);
+    run_rule(array, table, piece, begin, count, as_numbers ? computed : array.dtype,
+             scales ? computed : array.grad_dtype);
+    if (rule.ema) table.average[computed](piece, count, rule.coefficients);
+    if (as_numbers) encode_param(array, table, piece.at[kParam], param, begin, count);
     if (wishes_.zero_grad) clear(table, array.grad_dtype, grad, count);
   }
+}
+
+void StepPlan::encode_param(const ArrayUpdate& array, const StageTable& table, const void* numbers,
+                            void* param, int64_t first, int64_t count) const noexcept {
+  const Rule& rule = rules_[array.rule];
+  if (!rule.rounds_stochastically) return encode(table, array.dtype, numbers, param, count);
+  const uint32_t key = dither_key(static_cast<uint64_t>(rule.seed), array.number);
+  encode(table, array.dtype, numbers, param, nullptr, first, count, dither_of(key, rule.step));
 }
 
 void StepPlan::clear_grads(const StageTable& table, const Threads& threads) const noexcept {

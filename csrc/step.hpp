@@ -12,6 +12,7 @@
 
 #include "kernel/kernel.hpp"
 #include "parallel.hpp"
+#include "stream_table.hpp"
 
 namespace fused_adam {
 
@@ -38,9 +39,10 @@ class StepPlan {
   // The arrays that are added next take this step, counted from 1, with these options.
   void set_rule(const HyperParameters& hyper, int64_t step);
 
-  // dtype: of param. begins: the streams that begin as copies of it in this step, a bit for each.
-  void add_array(const Streams& streams, int64_t size, DType dtype, DType grad_dtype,
-                 unsigned begins = 0);
+  // begins: the streams that begin as copies of param in this step, a bit for each. number: of the
+  // parameter, by which its stochastic rounding differs from that of others.
+  void add_array(const Streams& streams, int64_t size, const Storage& storage, DType grad_dtype,
+                 unsigned begins = 0, uint32_t number = 0);
 
   // No more arrays: makes room for what is measured.
   void end();
@@ -58,32 +60,32 @@ class StepPlan {
     int64_t size;
     int64_t line_end;     // cache lines of param in this array and all before it
     int64_t element_end;  // elements, likewise
-    uint32_t rule;
-    DType dtype, grad_dtype;
+    uint32_t rule, number;
+    DType dtype, grad_dtype;  // of param
+    HyperParameters::StateDType state;
     unsigned begins;
+
+    Storage storage() const { return {dtype, state}; }
   };
   struct Rule {
     CoefficientSet coefficients;
     double max_norm, clip_value;  // HyperParameters::kNone: none
-    bool l2, amsgrad, ema, masters;
+    int64_t step, seed;
+    bool l2, amsgrad, ema, masters, rounds_stochastically;
     bool scales_grad[kComputed];
-    GradCoefficientSet grad;  // only where it scales
-  };
-  // What is done to each piece of an array, in this order.
-  struct Stages {
-    // A stage has at least a pointer for each element type, and stands in a step at most once.
-    static constexpr int kMost = sizeof(StageTable) / sizeof(Stage[kComputed]);
-    Stage at[kMost];
-    int count = 0;
-
-    void add(Stage stage) { at[count++] = stage; }
+    GradCoefficientSet grad;   // only where it scales
+    Dither dithers[kMoments];  // only where moments are stored in fewer bytes
   };
 
-  Stages stages_of(const ArrayUpdate& array, const StageTable& table) const noexcept;
   void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                  int64_t last) const noexcept;
-  void run_tiles(const ArrayUpdate& array, const Stages& stages, const StageTable& table,
-                 int64_t first, int64_t last) const noexcept;
+  void run_tiles(const ArrayUpdate& array, const StageTable& table, int64_t first,
+                 int64_t last) const noexcept;
+  // piece: of the array from `first` on, with param and gradient as these types.
+  void run_rule(const ArrayUpdate& array, const StageTable& table, const Streams& piece,
+                int64_t first, int64_t count, DType param, DType grad) const noexcept;
+  void encode_param(const ArrayUpdate& array, const StageTable& table, const void* numbers,
+                    void* param, int64_t first, int64_t count) const noexcept;
   static Streams piece_of(const ArrayUpdate& array, int64_t first) noexcept;
   void clear_grads(const StageTable& table, const Threads& threads) const noexcept;
 

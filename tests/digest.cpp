@@ -26,6 +26,7 @@ struct Row {
   uint64_t expected[2];
   bool zero_grad = false, begins = false;  // those streams that begin as copies
   double grad_scale = 1.0;
+  DType param = kFloat32;  // of rows for moments
 };
 
 // Of the types that are computed in. "From grad": the average is nearer to the gradient. "Beta2
@@ -137,6 +138,54 @@ const Row kCodedRows[] = {
      {0x0CDE70BD845EAB09, 0xC7F2E4AC612D64E2},
      false,
      true},
+    {"stochastic rounding",
+     [](HyperParameters& h) { h.stochastic_rounding = true, h.seed = 0x123456789AB; },
+     {0x6F6C17B8D50FEE19, 0x4CDBD763F2FB954D}},
+    {"stochastic rounding, ema begins, zero_grad",
+     [](HyperParameters& h) { h.stochastic_rounding = true, h.ema_decay = 0.9; },
+     {0x0FA091067D62DE8D, 0xCD0C4036A54767F2},
+     true,
+     true},
+};
+
+// Of moments in bfloat16 and in 8 bits.
+const Row kStateRows[] = {
+    {"moments", [](HyperParameters&) {}, {0xC0F81A09864BD23D, 0x803013AD97DCFB83}},
+    {"moments, l2, amsgrad",
+     [](HyperParameters& h) { h.weight_decay = 0.01, h.amsgrad = true; },
+     {0xF0073F4E1CE61714, 0xC8507AF07162C141}},
+    {"moments, from grad, eps in the root, decoupled",
+     [](HyperParameters& h) {
+       h.beta1 = 0.3, h.eps_mode = h.kRoot, h.weight_decay = 0.01, h.decoupled_weight_decay = true;
+     },
+     {0x00FB3D74C065F0F0, 0xD8F840720E6F0C81}},
+    {"moments, ema begins, max_norm, grad_scale 1024, zero_grad",
+     [](HyperParameters& h) { h.max_norm = 3.0, h.ema_decay = 0.9; },
+     {0xA98AC5D65017E1C5, 0x14C62BE08905C66E},
+     true,
+     true,
+     1024.0},
+    {"moments of bfloat16",
+     [](HyperParameters&) {},
+     {0xFD1BFF2411AEDD95, 0xAB51C7A5350D1CCA},
+     false,
+     false,
+     1.0,
+     kBFloat16},
+    {"moments of float16, amsgrad, stochastic rounding",
+     [](HyperParameters& h) { h.amsgrad = h.stochastic_rounding = true; },
+     {0xDA6D0B3AFB51B47E, 0x292B82F85DAEB65B},
+     false,
+     false,
+     1.0,
+     kFloat16},
+    {"moments of bfloat16, master weights begin, l2",
+     [](HyperParameters& h) { h.master_weights = true, h.weight_decay = 0.01; },
+     {0x3CF1A93C52D9493A, 0xA784349AB602D1D5},
+     false,
+     true,
+     1.0,
+     kBFloat16},
 };
 
 // xorshift64*, by G. Marsaglia and S. Vigna: the same numbers everywhere.
@@ -198,19 +247,24 @@ class Digest {
 
 // Of arrays of all lengths below many vectors, and of one that is large enough for threads.
 template <class T>
-uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threads) {
+uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threads,
+                HyperParameters::StateDType state = HyperParameters::kFull) {
   HyperParameters hyper;
   row.set(hyper);
+  hyper.state_dtype = state;
   Random random;
   Digest result;
   for (int64_t round = 0; round <= 200; ++round) {
     const int64_t length = round < 200 ? round : 70'003;
     std::vector<T> values[kStreams];
-    std::vector<uint16_t> codes[2];  // of param and gradient
+    std::vector<unsigned char> codes[kStreams];
+    std::vector<unsigned char> exponents[kStreams];  // of their blocks
+    const Storage storage = {dtype, hyper.state_dtype};
     Streams streams = {};
     for (const StreamInfo& info : kStreamTable) {
       // Streams that only some forms have do not change what the others are given.
       if (info.stream > kMaxExpAvgSq && !info.wanted(hyper)) continue;
+      if (info.elements_per_entry != 1) continue;
       auto& stream = values[info.stream];
       for (int64_t i = 0; i < length; ++i) stream.push_back(random.value<T>());
       streams.at[info.stream] = stream.data();
@@ -222,12 +276,24 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
     }
     for (T& value : values[kExpAvgSq]) value = std::abs(value);
     for (T& value : values[kMaxExpAvgSq]) value = std::abs(value);
-    const int coding = dtype - kComputed;
-    for (const Stream stream : {kParam, kGrad}) {
-      if (!is_coded(dtype)) break;
-      codes[stream].resize(count);
-      stages_scalar.encode[coding](values[stream].data(), codes[stream].data(), length);
-      streams.at[stream] = codes[stream].data();
+    const auto stored_as = [&](Stream stream) {
+      return stream == kGrad ? dtype : dtype_of(stream, storage);
+    };
+    for (int i = 0; i < kStreams; ++i) {
+      const auto stream = static_cast<Stream>(i);
+      const DType stored = stored_as(stream);
+      if (values[i].size() != count || !is_coded(stored) || sizeof(T) != sizeof(float)) continue;
+      codes[i].resize(count * static_cast<size_t>(size_of(stored)));
+      exponents[i].resize(count / kBlock + 1);
+      const auto* const numbers = reinterpret_cast<const float*>(values[i].data());
+      if (stored - kComputed < kRounded) {
+        stages_scalar.encode[stored - kComputed](numbers, codes[i].data(), length);
+      } else {
+        stages_scalar.encode_dithered[stored - kComputed](numbers, codes[i].data(),
+                                                          exponents[i].data(), 0, length, {1, 2});
+        streams.at[scale_of(stream)] = exponents[i].data();
+      }
+      streams.at[i] = codes[i].data();
     }
     StepPlan plan;
     StepWishes wishes;
@@ -237,15 +303,17 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
     plan.begin(wishes);
     plan.set_rule(hyper, 1 + 7 * round);
     const unsigned begins = row.begins ? copies_of_param() : 0;
-    plan.add_array(streams, length, dtype, dtype, begins);
+    plan.add_array(streams, length, storage, dtype, begins, 5);
     plan.end();
     const Threads some = {Threads::kTeam, threads};
     const StepReport report = plan.measure(stages, some);
     plan.run(stages, some, report);
     if (report.measured) result.add(report.grad_norm);
-    for (const Stream stream : {kParam, kGrad}) {
-      if (!is_coded(dtype)) break;
-      stages_scalar.decode[coding](codes[stream].data(), values[stream].data(), length);
+    for (int i = 0; i < kStreams; ++i) {
+      if (codes[i].empty()) continue;
+      const DType stored = stored_as(static_cast<Stream>(i));
+      stages_scalar.decode[stored - kComputed](codes[i].data(), exponents[i].data(),
+                                               reinterpret_cast<float*>(values[i].data()), length);
     }
     for (const auto& stream : values) {
       for (const T value : stream) result.add(value);
@@ -275,7 +343,8 @@ int main() {
                static_cast<unsigned long long>(found[0]),
                static_cast<unsigned long long>(found[1]));
       };
-      static_assert(kDTypes == 4, "a type that is not digested here would count as expected");
+      static_assert(kParamTypes == 4 && HyperParameters::kStateDTypes == 3,
+                    "a type that is not digested here would count as expected");
       const StageTable& stages = *isa.stages;
       for (const Row& row : kRows) {
         compare(row, {digest<float>(stages, kFloat32, row, threads),
@@ -284,6 +353,12 @@ int main() {
       for (const Row& row : kCodedRows) {
         compare(row, {digest<float>(stages, kFloat16, row, threads),
                       digest<float>(stages, kBFloat16, row, threads)});
+      }
+      for (const Row& row : kStateRows) {
+        const auto with = [&](HyperParameters::StateDType state) {
+          return digest<float>(stages, row.param, row, threads, state);
+        };
+        compare(row, {with(HyperParameters::kStateBFloat16), with(HyperParameters::kStateFloat8)});
       }
       printf("%-7s %d thread%s %d forms as expected\n", isa.name, threads, threads > 1 ? "s" : " ",
              as_expected);

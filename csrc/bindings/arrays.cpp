@@ -29,15 +29,23 @@ std::string shape_text(const ArrayFacts& facts) {
 
 // By another package, with a number that it got then. No type has this one; some have -1.
 constexpr int kRegistered = std::numeric_limits<int>::min();
+// NumPy's type of params and gradients, and of arrays of our own.
 struct ElementType {
   DType dtype;
   const char* name;
   int numpy_type;
+  const char* own_name;
+  int own_type;
 };
-constexpr ElementType kElementTypes[] = {{kFloat32, "float32", npy_api::NPY_FLOAT_},
-                                         {kFloat64, "float64", npy_api::NPY_DOUBLE_},
-                                         {kFloat16, "float16", 23 /* NPY_HALF */},
-                                         {kBFloat16, "bfloat16", kRegistered}};
+constexpr int kNone = kRegistered + 1;
+constexpr ElementType kElementTypes[] = {
+    {kFloat32, "float32", npy_api::NPY_FLOAT_, "float32", npy_api::NPY_FLOAT_},
+    {kFloat64, "float64", npy_api::NPY_DOUBLE_, "float64", npy_api::NPY_DOUBLE_},
+    {kFloat16, "float16", 23 /* NPY_HALF */, "float16", 23},
+    {kBFloat16, "bfloat16", kRegistered, "uint16", npy_api::NPY_USHORT_},
+    {kE4M3, "float8_e4m3", kNone, "uint8", npy_api::NPY_UBYTE_},
+    {kE5M3, "float8_e5m3", kNone, "uint8", npy_api::NPY_UBYTE_},
+    {kExponent, "exponent", kNone, "uint8", npy_api::NPY_UBYTE_}};
 constexpr bool element_types_are_in_order() {
   for (int i = 0; i < kDTypes; ++i) {
     if (kElementTypes[i].dtype != i) return false;
@@ -153,12 +161,16 @@ bool is_bfloat16(const PyArray_Proxy* array) {
   return true;
 }
 
-DType require_dtype(const PyArray_Proxy* array, const Place& place) {
+// ours: null, or what may stand there as an own type.
+DType require_dtype(const PyArray_Proxy* array, const Place& place, const DType* ours) {
   const auto* descr = reinterpret_cast<const PyArrayDescr_Proxy*>(array->descr);
   const auto* type = std::find_if(
       std::begin(kElementTypes), std::end(kElementTypes),
       [&](const ElementType& element) { return element.numpy_type == descr->type_num; });
   if (type == std::end(kElementTypes) && is_bfloat16(array)) type = kElementTypes + kBFloat16;
+  if (ours != nullptr && kElementTypes[*ours].own_type == descr->type_num) {
+    type = kElementTypes + *ours;
+  }
   if (type == std::end(kElementTypes)) {
     throw py::type_error(place.str() + " has dtype " + text(array->descr) +
                          ", expected float32, float64, float16 or bfloat16. Convert it once, " +
@@ -178,7 +190,9 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place) {
 
 const char* dtype_name(DType dtype) { return kElementTypes[dtype].name; }
 
-py::dtype numpy_dtype(DType dtype) { return py::dtype(kElementTypes[dtype].numpy_type); }
+const char* own_dtype_name(DType dtype) { return kElementTypes[dtype].own_name; }
+
+py::dtype own_dtype(DType dtype) { return py::dtype(kElementTypes[dtype].own_type); }
 
 void load_array_types() {
   memmap_type.call_once_and_store_result(
@@ -187,7 +201,9 @@ void load_array_types() {
       [] { return py::module_::import("mmap").attr("mmap").cast<py::object>(); });
 }
 
-ArrayFacts array_facts(py::handle object, const Place& place) {
+namespace {
+
+ArrayFacts facts_of(py::handle object, const Place& place, const DType* ours) {
   const npy_api& numpy = npy_api::get();
   if (Py_TYPE(object.ptr()) != numpy.PyArray_Type_) {
     if (!numpy.PyArray_Check_(object.ptr())) refuse_type(object, place);
@@ -195,7 +211,7 @@ ArrayFacts array_facts(py::handle object, const Place& place) {
   }
   const PyArray_Proxy* array = py::detail::array_proxy(object.ptr());
   ArrayFacts facts;
-  facts.dtype = require_dtype(array, place);
+  facts.dtype = require_dtype(array, place, ours);
   facts.data = array->data;
   facts.nd = array->nd;
   facts.shape = array->dimensions;
@@ -228,6 +244,16 @@ ArrayFacts array_facts(py::handle object, const Place& place) {
         "make the view anew, and a new optimizer where it is a parameter.");
   }
   return facts;
+}
+
+}  // namespace
+
+ArrayFacts array_facts(py::handle object, const Place& place) {
+  return facts_of(object, place, nullptr);
+}
+
+ArrayFacts array_facts(py::handle object, const Place& place, DType ours) {
+  return facts_of(object, place, &ours);
 }
 
 void require_writeable(py::handle array, const Place& place, const char* reason) {
@@ -292,8 +318,8 @@ void require_like(const ArrayFacts& array, const Place& place, const ArrayFacts&
 void require_grad(const ArrayFacts& grad, const Place& place, const ArrayFacts& param,
                   const Place& param_place, bool mixed) {
   const bool narrower = is_coded(grad.dtype) && param.dtype == computed_in(grad.dtype);
-  const bool taken = grad.dtype == param.dtype || grad.dtype == dtype_of(kGrad, param.dtype) ||
-                     (narrower && mixed);
+  const bool taken =
+      grad.dtype == param.dtype || grad.dtype == computed_in(param.dtype) || (narrower && mixed);
   if (!taken) {
     const char* advice = is_coded(param.dtype) ? " It must be that, or float32."
                          : narrower            ? " Adam(..., allow_mixed=True) takes it."

@@ -42,9 +42,11 @@ struct ArrayFacts {
 // To be called once, when the module is loaded, before anything else of this file.
 void load_array_types();
 
-// The facts of an ndarray (or memmap) of native, aligned elements of a DType, in C or Fortran
-// order. Anything else: TypeError for a wrong type or dtype, else ValueError.
+// The facts of an ndarray (or memmap) of native, aligned elements that a param may have, in C or
+// Fortran order. Anything else: TypeError for a wrong type or dtype, else ValueError.
 ArrayFacts array_facts(py::handle object, const Place& place);
+// Or of elements of this type, as new arrays of ours have them.
+ArrayFacts array_facts(py::handle object, const Place& place, DType ours);
 
 // ValueError where the array cannot be written; reason goes on "... is read-only, but".
 void require_writeable(py::handle array, const Place& place, const char* reason);
@@ -59,7 +61,9 @@ void require_grad(const ArrayFacts& grad, const Place& place, const ArrayFacts& 
                   const Place& param_place, bool mixed);
 
 const char* dtype_name(DType dtype);
-py::dtype numpy_dtype(DType dtype);
+// Of our own arrays: NumPy's type for codes that it does not know is that of unsigned numbers.
+const char* own_dtype_name(DType dtype);
+py::dtype own_dtype(DType dtype);
 
 // A new view, so that what a caller does to its flags or shape does not reach the array itself.
 py::object fresh_view(const py::object& array);

@@ -22,7 +22,7 @@ void exchange(Slot& slot, const StageTable& stages) {
   char* const ema = static_cast<char*>(slot.streams.at[kEma]);
   slot.holds_average = !slot.holds_average;
   if (!is_coded(dtype)) {
-    std::swap_ranges(param, param + bytes_of(kEma, dtype, size), ema);
+    std::swap_ranges(param, param + bytes_of(kEma, slot.storage(), size), ema);
   } else if (slot.holds_average) {
     const DefaultFloatMode mode;
     memcpy(slot.kept_param.data(), param, slot.kept_param.size());
@@ -33,12 +33,13 @@ void exchange(Slot& slot, const StageTable& stages) {
 }
 
 // Numbers of a param, wherever they are, as they begin an average.
-void decode(const StageTable& stages, DType dtype, const void* param, void* ema, int64_t size) {
+void begin_average(const StageTable& stages, DType dtype, const void* param, void* ema,
+                   int64_t size) {
   if (is_coded(dtype)) {
     const DefaultFloatMode mode;
-    stages.decode[dtype - kComputed](param, ema, size);
+    decode(stages, dtype, param, nullptr, ema, size);
   } else {
-    memcpy(ema, param, static_cast<size_t>(bytes_of(kEma, dtype, size)));
+    memcpy(ema, param, static_cast<size_t>(size * size_of(dtype)));
   }
 }
 
@@ -65,8 +66,8 @@ py::list Optimizer::averages(py::handle param_groups) {
       check_layout(slot);
       const bool has_master = hypers_[slot.group].master_weights && slot.has_values(kMasterParam);
       const Stream from = has_master ? kMasterParam : kParam;
-      decode(*isa_.stages, dtype_of(from, slot.layout().dtype), slot.streams.at[from],
-             slot.streams.at[kEma], slot.layout().size);
+      begin_average(*isa_.stages, dtype_of(from, slot.storage()), slot.streams.at[from],
+                    slot.streams.at[kEma], slot.layout().size);
     }
     views.push_back(fresh_view(slot.array(kEma)));
   }
@@ -113,8 +114,8 @@ void Optimizer::use_params() {
       if (!problem) problem = std::current_exception();
       const DType dtype = slot.layout().dtype;
       if (is_coded(dtype)) {  // its numbers go where those of all others are
-        decode(*isa_.stages, dtype, slot.kept_param.data(), slot.streams.at[kEma],
-               slot.layout().size);
+        begin_average(*isa_.stages, dtype, slot.kept_param.data(), slot.streams.at[kEma],
+                      slot.layout().size);
       }
       continue;
     }

@@ -6,10 +6,36 @@
 #include "../stream_table.hpp"
 #include "arrays.hpp"
 #include "containers.hpp"
+#include "memory.hpp"
 #include "options.hpp"
 #include "without_gil.hpp"
 
 namespace fused_adam {
+namespace {
+
+// That an array is what such a stream has to be for this param.
+void require_stream(const ArrayFacts& array, const Place& name, Stream stream,
+                    const ArrayFacts& param, const Storage& storage) {
+  const DType stored = dtype_of(stream, storage);
+  if (stored != param.dtype && array.dtype != stored) {
+    throw py::type_error(name.str() + " has dtype " + dtype_name(array.dtype) + ", expected " +
+                         own_dtype_name(stored) + " for a param of " + dtype_name(param.dtype) +
+                         (is_coded(stored) ? " with this state_dtype." : "."));
+  }
+  if (is_like_param(stream, storage)) {
+    const Place param_name = {"", "param", ""};
+    ArrayFacts like = param;
+    like.dtype = stored;
+    return require_like(array, name, like, &param_name);
+  }
+  const int64_t entries = entries_of(stream, param.size);
+  if (array.nd != 1 || array.size != entries) {
+    throw py::value_error(name.str() + " must have shape (" + std::to_string(entries) +
+                          ",): it is stored in blocks, in the order of the elements in memory.");
+  }
+}
+
+}  // namespace
 
 StepReport adam_step(const std::string& isa, const Threads& threads, const py::dict& options,
                      int64_t step, const py::dict& arrays, bool zero_grad, py::handle grad_scale,
@@ -29,20 +55,23 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
       throw py::value_error(std::string(info.option) + " needs " + info.name + ".");
     }
     const Place name = {"", info.name, ""}, param_name = {"", "param", ""};
-    const ArrayFacts facts = array_facts(array, name);
-    if (info.stream == kParam) param = facts;
-    if (info.stream == kGrad) {
+    const Storage storage = {param.dtype, hyper.state_dtype};
+    const DType stored = dtype_of(info.stream, storage);
+    const bool callers = !is_ours(info);
+    const ArrayFacts facts = callers ? array_facts(array, name) : array_facts(array, name, stored);
+    if (info.stream == kParam) {
+      param = facts;
+      if (hyper.state_dtype != HyperParameters::kFull && computed_in(param.dtype) != kFloat32) {
+        throw py::value_error(
+            "state_dtype is for moments in the place of float32 ones, but param "
+            "has dtype " +
+            std::string(dtype_name(param.dtype)) + ".");
+      }
+    } else if (info.stream == kGrad) {
       require_grad(facts, name, param, param_name, allow_mixed);
       grad_dtype = facts.dtype;
     } else {
-      ArrayFacts like = param;
-      like.dtype = dtype_of(info.stream, param.dtype);
-      if (is_coded(param.dtype) && facts.dtype != like.dtype) {
-        throw py::type_error(name.str() + " has dtype " + dtype_name(facts.dtype) + ", expected " +
-                             dtype_name(like.dtype) + " for a param of " + dtype_name(param.dtype) +
-                             ".");
-      }
-      require_like(facts, name, like, &param_name);
+      require_stream(facts, name, info.stream, param, storage);
     }
     if (info.access == Access::kUpdated) {
       require_writeable(array, name, "a step updates it in place.");
@@ -72,7 +101,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   wishes.add(hyper);
   plan.begin(wishes);
   plan.set_rule(hyper, step);
-  plan.add_array(streams, param.size, param.dtype, grad_dtype);
+  plan.add_array(streams, param.size, {param.dtype, hyper.state_dtype}, grad_dtype);
   plan.end();
   const StageTable& stages = *isa_by_name(isa).stages;
   const WithoutGil no_gil;

@@ -30,32 +30,45 @@ void ask_for_huge_pages([[maybe_unused]] char* begin, [[maybe_unused]] int64_t b
 #endif
 }
 
-// A view of the block from this place on, in the order of param.
-py::object view_of(const py::array& block, char* begin, Stream stream, const ArrayFacts& param) {
-  const DType dtype = dtype_of(stream, param.dtype);
-  std::vector<py::ssize_t> shape = shape_of(stream, param);
+std::vector<py::ssize_t> strides_of(const std::vector<py::ssize_t>& shape, DType dtype,
+                                    bool c_contiguous) {
   std::vector<py::ssize_t> strides(shape.size());
   int64_t stride = size_of(dtype);
   for (size_t i = 0; i < shape.size(); ++i) {
-    const size_t axis = param.c_contiguous ? shape.size() - 1 - i : i;
+    const size_t axis = c_contiguous ? shape.size() - 1 - i : i;
     strides[axis] = stride;
     stride *= std::max<py::ssize_t>(shape[axis], 1);
   }
-  return py::array(numpy_dtype(dtype), std::move(shape), std::move(strides), begin, block);
+  return strides;
+}
+
+// A view of the block from this place on, in the order of param.
+py::object view_of(const py::array& block, char* begin, const NewArray& array) {
+  const DType dtype = dtype_of(array.stream, array.storage);
+  std::vector<py::ssize_t> shape = shape_of(array.stream, array.param, array.storage);
+  std::vector<py::ssize_t> strides = strides_of(shape, dtype, array.param.c_contiguous);
+  return py::array(own_dtype(dtype), std::move(shape), std::move(strides), begin, block);
 }
 
 }  // namespace
 
-std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param) {
-  if (kStreamTable[stream].elements_per_entry == 1) return {param.shape, param.shape + param.nd};
-  return {bytes_of(stream, param.dtype, param.size) / size_of(dtype_of(stream, param.dtype))};
+std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param, const Storage& storage) {
+  if (is_like_param(stream, storage)) return {param.shape, param.shape + param.nd};
+  return {entries_of(stream, param.size)};
+}
+
+py::array new_numbers(const ArrayFacts& param) {
+  const DType dtype = computed_in(param.dtype);
+  std::vector<py::ssize_t> shape(param.shape, param.shape + param.nd);
+  std::vector<py::ssize_t> strides = strides_of(shape, dtype, param.c_contiguous);
+  return py::array(own_dtype(dtype), std::move(shape), std::move(strides));
 }
 
 std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted) {
   std::vector<int64_t> starts;
   int64_t end = 0;
   for (const NewArray& array : wanted) {
-    const int64_t bytes = bytes_of(array.stream, array.param.dtype, array.param.size);
+    const int64_t bytes = bytes_of(array.stream, array.storage, array.param.size);
     int64_t start = rounded_up(end, kLine);
     if (bytes >= kLarge) {
       const auto base = static_cast<int64_t>(reinterpret_cast<uintptr_t>(array.param.data));
@@ -76,7 +89,7 @@ std::vector<py::object> new_arrays(const std::vector<NewArray>& wanted) {
   ask_for_huge_pages(first_page, end);
   std::vector<py::object> arrays;
   for (size_t i = 0; i < wanted.size(); ++i) {
-    arrays.push_back(view_of(block, first_page + starts[i], wanted[i].stream, wanted[i].param));
+    arrays.push_back(view_of(block, first_page + starts[i], wanted[i]));
   }
   return arrays;
 }

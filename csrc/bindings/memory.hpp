@@ -15,11 +15,15 @@ namespace py = pybind11;
 
 struct NewArray {
   ArrayFacts param;
+  Storage storage;
   Stream stream;
 };
 
-// Of a stream's array: that of param, or one dimension where it has not an entry for each element.
-std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param);
+// Of a stream's array: that of param, or one dimension.
+std::vector<py::ssize_t> shape_of(Stream stream, const ArrayFacts& param, const Storage& storage);
+
+// Numbers for each element of param, in its order, which nobody is to write.
+py::array new_numbers(const ArrayFacts& param);
 
 // Arrays of zeros for these streams of these params. Each starts at a multiple of 64 bytes. Those
 // of a large param lie where the table of streams says, relative to its own beginning within a

@@ -144,6 +144,7 @@ void bind(py::module_& m) {
       .def("all_state", &Optimizer::all_state)
       .def("kinds", &Optimizer::kinds)
       .def("streams", &Optimizer::streams, py::arg("wanted"))
+      .def("store_state_as", &Optimizer::store_state_as, py::arg("options"))
       .def("make_wanted_streams", &Optimizer::make_wanted_streams, py::arg("param_groups"))
       .def("set_state", &Optimizer::set_state, py::arg("step_counts"), py::arg("streams"),
            py::arg("new_options"), py::arg("steps"))

@@ -24,9 +24,9 @@ bool is_param(int64_t owner) { return owner % kStreams == kParam; }
 const char* role_of(int64_t owner) { return is_param(owner) ? "" : "the state of "; }
 
 // By the type of the param: once a group, and not for each of its arrays, which took 8 us of 1000.
-std::array<unsigned, kDTypes> wanted_of_each(const HyperParameters& hyper) {
-  std::array<unsigned, kDTypes> wanted;
-  for (size_t i = 0; i < kDTypes; ++i) wanted[i] = wanted_streams(hyper, static_cast<DType>(i));
+std::array<unsigned, kParamTypes> wanted_of_each(const HyperParameters& hyper) {
+  std::array<unsigned, kParamTypes> wanted;
+  for (size_t i = 0; i < kParamTypes; ++i) wanted[i] = wanted_streams(hyper, static_cast<DType>(i));
   return wanted;
 }
 
@@ -172,8 +172,8 @@ bool Optimizer::check_and_plan(const StepWishes& wishes) {
         step = slot.step + 1;
         plan_.set_rule(hypers_[g], step);
       }
-      plan_.add_array(slot.streams, slot.layout().size, slot.layout().dtype, slot.grad_dtype,
-                      slot.beginning(wanted_here));
+      plan_.add_array(slot.streams, slot.layout().size, slot.storage(), slot.grad_dtype,
+                      slot.beginning(wanted_here), static_cast<uint32_t>(i));
     }
   }
   plan_.end();

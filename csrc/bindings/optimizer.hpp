@@ -83,6 +83,9 @@ class Optimizer {
   // {"exp_avg": [array, ...]}: the optimizer's own arrays of the parameters that {"exp_avg":
   // [index, ...]} names, made where there were none: all of them or none. Needs exclusive use.
   py::dict streams(const py::dict& wanted);
+  // The state of all parameters as at the beginning, stored as these options of each group ask for.
+  // ValueError where a parameter cannot have that. Needs exclusive use.
+  void store_state_as(const std::vector<py::dict>& options);
   // Those that the options of the groups ask for. Needs exclusive use.
   void make_wanted_streams(py::handle param_groups);
   // Takes over step counts and copies of arrays, {"exp_avg": [array or None, ...]}, which have the
@@ -124,6 +127,7 @@ class Optimizer {
     py::tuple params;
     std::string name;     // "param_groups[0]"
     size_t first, count;  // its slots
+    HyperParameters::StateDType state;
   };
   class StepScope;
 
@@ -156,6 +160,9 @@ class Optimizer {
   std::vector<unsigned> wanted_by_options() const;
   void add_missing(const std::vector<unsigned>& wanted);
   void require_averages() const;
+  // The numbers of a stream of that param.
+  py::object numbers_of(const ArrayFacts& param, DType stored, const py::object& codes,
+                        const py::object& exponents) const;
 
   const Isa& isa_;
   const Threads threads_;

@@ -83,13 +83,13 @@ void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const S
     const HyperParameters hyper = reader_.read(options, name, rates);
     py::tuple params(leaves.size());
     for (size_t i = 0; i < leaves.size(); ++i) params[i] = tree.structure->leaves().at(leaves[i]);
-    groups.push_back({params, name, first + added.size(), leaves.size()});
+    groups.push_back({params, name, first + added.size(), leaves.size(), hyper.state_dtype});
     for (size_t i = 0; i < leaves.size(); ++i) {
       const size_t leaf = leaves[i];
       if (slot_of[leaf] != kNoSlot) throw std::logic_error("a leaf in two groups");
       slot_of[leaf] = added.size();
       const Place here = place_in(tree, "", leaf);
-      added.emplace_back(params[i], here, number, trees_.size(), leaf);
+      added.emplace_back(params[i], here, hyper.state_dtype, number, trees_.size(), leaf);
       wanted.push_back(wanted_streams(hyper, added.back().layout().dtype));
       if (!frozen) {
         require_writeable(params[i], here,
@@ -161,6 +161,11 @@ void Optimizer::read_groups(py::handle param_groups, Rates rates) {
   groups_in(param_groups, dicts_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
     hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, rates));
+    if (hypers_[i].state_dtype == groups_[i].state) continue;
+    throw py::value_error(groups_[i].name +
+                          "['state_dtype'] was changed, but how moments are stored is fixed when a "
+                          "group is made. Make a new optimizer with it, and let that one load the "
+                          "state_dict() of this one.");
   }
 }
 

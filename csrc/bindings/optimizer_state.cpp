@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
 #include <string>
 
+#include "../float_mode.hpp"
+#include "../tiles.hpp"
 #include "optimizer.hpp"
 #include "without_gil.hpp"
 
@@ -20,17 +23,27 @@ const StreamInfo& own_stream(const std::string& name) {
 }
 
 // Is it as the stream of this parameter is, or would be?
-bool is_like_stream(const ArrayFacts& array, Stream stream, const ArrayFacts& param) {
-  const std::vector<py::ssize_t> shape = shape_of(stream, param);
-  return array.dtype == dtype_of(stream, param.dtype) &&
+bool is_like_stream(const ArrayFacts& array, Stream stream, const Slot& slot) {
+  const std::vector<py::ssize_t> shape = shape_of(stream, slot.layout(), slot.storage());
+  return array.dtype == dtype_of(stream, slot.storage()) &&
          std::equal(shape.begin(), shape.end(), array.shape, array.shape + array.nd) &&
+         (slot.layout().c_contiguous ? array.c_contiguous : array.f_contiguous);
+}
+
+// Or as its numbers are, which are encoded?
+bool is_like_numbers(const ArrayFacts& array, const ArrayFacts& param) {
+  return array.dtype == computed_in(param.dtype) &&
+         std::equal(param.shape, param.shape + param.nd, array.shape, array.shape + array.nd) &&
          (param.c_contiguous ? array.c_contiguous : array.f_contiguous);
 }
 
-py::tuple layout_of(Stream stream, const ArrayFacts& param) {
-  const DType dtype = dtype_of(stream, param.dtype);
-  return py::make_tuple(dtype_name(dtype), py::tuple(py::cast(shape_of(stream, param))),
-                        param.c_contiguous ? "C" : "F");
+bool is_scale(Stream stream) { return kStreamTable[stream].elements_per_entry != 1; }
+
+py::tuple layout_of(Stream stream, const Slot& slot) {
+  const DType dtype = dtype_of(stream, slot.storage());
+  const std::vector<py::ssize_t> shape = shape_of(stream, slot.layout(), slot.storage());
+  return py::make_tuple(dtype_name(dtype), py::tuple(py::cast(shape)),
+                        slot.layout().c_contiguous ? "C" : "F");
 }
 
 }  // namespace
@@ -38,22 +51,49 @@ py::tuple layout_of(Stream stream, const ArrayFacts& param) {
 py::dict Optimizer::state(size_t index) const {
   int64_t step;
   py::object arrays[kStreams];  // Python code runs below, and may add a group
+  ArrayFacts param;
+  Storage storage;
+  std::vector<py::ssize_t> shape;
   {
     const std::lock_guard<std::mutex> lock(slots_mutex_);
     if (index >= slots_.size()) throw py::index_error("no such parameter");
     const Slot& slot = slots_[index];
     step = slot.step;
+    param = slot.layout();
+    storage = slot.storage();
+    shape.assign(param.shape, param.shape + param.nd);
     for (const StreamInfo& info : kStreamTable) {
       if (is_ours(info) && slot.has_values(info.stream))
         arrays[info.stream] = slot.array(info.stream);
     }
   }
+  param.shape = shape.data();
   py::dict state;
   state["step"] = step;
   for (const StreamInfo& info : kStreamTable) {
-    if (arrays[info.stream]) state[info.name] = fresh_view(arrays[info.stream]);
+    const py::object& array = arrays[info.stream];
+    if (!array || is_scale(info.stream)) continue;
+    const DType stored = dtype_of(info.stream, storage);
+    state[info.name] = is_coded(stored)
+                           ? numbers_of(param, stored, array, arrays[scale_of(info.stream)])
+                           : fresh_view(array);
   }
   return state;
+}
+
+py::object Optimizer::numbers_of(const ArrayFacts& param, DType stored, const py::object& codes,
+                                 const py::object& exponents) const {
+  py::array numbers = new_numbers(param);
+  void* const to = py::detail::array_proxy(numbers.ptr())->data;
+  const void* const from = py::detail::array_proxy(codes.ptr())->data;
+  const void* const scale = exponents ? py::detail::array_proxy(exponents.ptr())->data : nullptr;
+  {
+    const WithoutGil no_gil;
+    const DefaultFloatMode mode;
+    decode(*isa_.stages, stored, from, scale, to, param.size);
+  }
+  numbers.attr("setflags")(py::arg("write") = false);
+  return numbers;
 }
 
 py::dict Optimizer::all_state() const {
@@ -78,7 +118,7 @@ py::tuple Optimizer::kinds() const {
   std::vector<py::ssize_t> key;
   for (const Slot& slot : slots_) {
     const ArrayFacts& param = slot.layout();
-    key.assign({param.dtype, param.c_contiguous});
+    key.assign({param.dtype, param.c_contiguous, slot.storage().state});
     key.insert(key.end(), param.shape, param.shape + param.nd);
     const auto [number, is_new] = numbers.emplace(key, numbers.size());
     of_param.append(number->second);
@@ -86,7 +126,7 @@ py::tuple Optimizer::kinds() const {
     py::dict layouts;
     for (const StreamInfo& info : kStreamTable) {
       if (is_ours(info) || info.stream == kParam) {
-        layouts[info.name] = layout_of(info.stream, param);
+        layouts[info.name] = layout_of(info.stream, slot);
       }
     }
     kinds.append(layouts);
@@ -112,6 +152,27 @@ py::dict Optimizer::streams(const py::dict& wanted) {
   return arrays;
 }
 
+void Optimizer::store_state_as(const std::vector<py::dict>& options) {
+  if (options.size() != groups_.size()) throw std::logic_error("another number of groups");
+  std::vector<unsigned> wanted;
+  Rates rates = Rates::not_asked();
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    Group& group = groups_[g];
+    const HyperParameters hyper = reader_.read(options[g], group.name, rates);
+    for (size_t i = group.first; i < group.first + group.count; ++i) {
+      Slot& slot = slots_[i];
+      const Place here = place("", slot);
+      if (hyper.state_dtype != group.state) {
+        const std::lock_guard<std::mutex> lock(slots_mutex_);
+        slot.store_state_as(hyper.state_dtype, here);
+      }
+      wanted.push_back(wanted_streams(hyper, slot.layout().dtype));
+    }
+    group.state = hyper.state_dtype;
+  }
+  add_missing(wanted);
+}
+
 void Optimizer::make_wanted_streams(py::handle param_groups) {
   read_groups(param_groups, Rates::not_asked());
   add_missing(wanted_by_options());
@@ -131,6 +192,7 @@ void Optimizer::set_state(const std::vector<int64_t>& step_counts, const py::dic
     py::object array;  // held: others may change the list that it came in
     Stream stream;
     size_t slot;
+    bool encodes;
   };
   std::vector<Source> sources;
   std::vector<unsigned> given(count);
@@ -141,11 +203,15 @@ void Optimizer::set_state(const std::vector<int64_t>& step_counts, const py::dic
     for (size_t i = 0; i < count; ++i) {
       if (arrays[i].is_none()) continue;
       const Place here = place("the new state of ", slots_[i]);
-      if (!is_like_stream(array_facts(arrays[i], here), stream, slots_[i].layout())) {
-        throw py::value_error(here.str() + " has another layout.");
-      }
+      const DType stored = dtype_of(stream, slots_[i].storage());
+      const ArrayFacts array = array_facts(arrays[i], here, stored);
+      const bool as_stored = is_like_stream(array, stream, slots_[i]);
+      const bool encodes =
+          !as_stored && is_coded(stored) && is_like_numbers(array, slots_[i].layout());
+      if (!as_stored && !encodes) throw py::value_error(here.str() + " has another layout.");
       given[i] |= 1u << stream;
-      sources.push_back({arrays[i], stream, i});
+      if (encodes && is_in_blocks(stored)) given[i] |= 1u << scale_of(stream);
+      sources.push_back({arrays[i], stream, i, encodes});
     }
   }
   add_missing(given);
@@ -153,12 +219,20 @@ void Optimizer::set_state(const std::vector<int64_t>& step_counts, const py::dic
   // by no method of theirs.
   {
     const WithoutGil no_gil;
+    const DefaultFloatMode mode;
     for (const Source& source : sources) {
       Slot& slot = slots_[source.slot];
       const void* const from = py::detail::array_proxy(source.array.ptr())->data;
       void* const to = slot.streams.at[source.stream];
-      const int64_t bytes = bytes_of(source.stream, slot.layout().dtype, slot.layout().size);
-      if (from != to) memcpy(to, from, static_cast<size_t>(bytes));
+      const int64_t size = slot.layout().size;
+      if (source.encodes) {
+        const auto moment = static_cast<uint32_t>(source.stream - kExpAvg);
+        encode(*isa_.stages, dtype_of(source.stream, slot.storage()), from, to,
+               slot.streams.at[scale_of(source.stream)], 0, size,
+               moment_dither(moment, step_counts[source.slot]));
+      } else if (from != to) {
+        memcpy(to, from, static_cast<size_t>(bytes_of(source.stream, slot.storage(), size)));
+      }
     }
     const std::lock_guard<std::mutex> lock(slots_mutex_);
     for (size_t i = 0; i < count; ++i) slots_[i].begin_state(step_counts[i], given[i]);

@@ -129,6 +129,36 @@ HyperParameters::EpsMode eps_mode(py::handle value, const std::string& where, py
   refuse(place(where, key), kExpected, value);
 }
 
+constexpr const char* kStateDTypeNames[] = {nullptr, "bfloat16", "float8"};  // of StateDType
+
+HyperParameters::StateDType state_dtype(py::handle value, const std::string& where,
+                                        py::handle key) {
+  constexpr const char* kExpected = "None, 'bfloat16' or 'float8'";
+  if (value.is_none()) return HyperParameters::kFull;
+  if (!PyUnicode_Check(value.ptr())) refuse_type(place(where, key), kExpected, value);
+  for (size_t i = 1; i < std::size(kStateDTypeNames); ++i) {
+    if (PyUnicode_CompareWithASCIIString(value.ptr(), kStateDTypeNames[i]) == 0) {
+      return static_cast<HyperParameters::StateDType>(i);
+    }
+  }
+  refuse(place(where, key), kExpected, value);
+}
+
+int64_t seed(py::handle value, const std::string& where, py::handle key) {
+  constexpr const char* kExpected = "an integer >= 0 and < 2**63";
+  const bool is_integer = PyIndex_Check(value.ptr()) != 0 && !PyBool_Check(value.ptr());
+  const auto index =
+      py::reinterpret_steal<py::object>(is_integer ? PyNumber_Index(value.ptr()) : nullptr);
+  if (!index) {
+    PyErr_Clear();
+    refuse_type(place(where, key), kExpected, value);
+  }
+  int overflow = 0;
+  const int64_t found = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow != 0 || found < 0) refuse(place(where, key), kExpected, value);
+  return found;
+}
+
 const char* name_of(OptionKind kind) {
   switch (kind) {
     case OptionKind::kNotNegative:
@@ -145,6 +175,10 @@ const char* name_of(OptionKind kind) {
       return "number or None";
     case OptionKind::kEpsMode:
       return "eps mode";
+    case OptionKind::kStateDType:
+      return "state dtype";
+    case OptionKind::kSeed:
+      return "seed";
   }
   return "";
 }
@@ -161,8 +195,11 @@ py::object default_of(const OptionInfo& option) {
       return py::bool_(defaults.*option.flag);
     case OptionKind::kEpsMode:
       return interned(kEpsModes[defaults.eps_mode]);
+    case OptionKind::kSeed:
+      return py::int_(defaults.seed);
     case OptionKind::kFractionOrNone:
     case OptionKind::kNotNegativeOrNone:
+    case OptionKind::kStateDType:
       break;
   }
   return py::none();
@@ -172,6 +209,12 @@ py::object default_of(const OptionInfo& option) {
 [[noreturn]] void refuse_two_clips(const std::string& where) {
   throw py::value_error((where.empty() ? "" : where + ": ") +
                         "max_norm and clip_value exclude each other: one of them must be None.");
+}
+
+[[noreturn]] void refuse_two_roundings(const std::string& where) {
+  throw py::value_error((where.empty() ? "" : where + ": ") +
+                        "master_weights and stochastic_rounding exclude each other: a param of 16 "
+                        "bits is the nearest number to its master.");
 }
 
 }  // namespace
@@ -194,6 +237,9 @@ const std::vector<OptionInfo>& option_table() {
       {"eps_mode", Kind::kEpsMode, 2, nullptr, nullptr},
       {"bias_correction", Kind::kFlag, 2, nullptr, &H::bias_correction},
       {"master_weights", Kind::kFlag, 2, nullptr, &H::master_weights},
+      {"stochastic_rounding", Kind::kFlag, 2, nullptr, &H::stochastic_rounding},
+      {"seed", Kind::kSeed, 2, nullptr, nullptr},
+      {"state_dtype", Kind::kStateDType, 2, nullptr, nullptr},
   };
   return table;
 }
@@ -211,7 +257,9 @@ py::list options_for_python() {
   return rows;
 }
 
-OptionReader::OptionReader() : usual_eps_mode_(interned(kEpsModes[HyperParameters().eps_mode])) {
+OptionReader::OptionReader()
+    : usual_eps_mode_(interned(kEpsModes[HyperParameters().eps_mode])),
+      usual_seed_(HyperParameters().seed) {
   for (const OptionInfo& option : option_table()) keys_.push_back(interned(option.name));
 }
 
@@ -245,6 +293,12 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
       case OptionKind::kEpsMode:
         if (!value.is(usual_eps_mode_)) hyper.eps_mode = eps_mode(value, where, key);
         break;
+      case OptionKind::kStateDType:
+        if (!value.is_none()) hyper.state_dtype = state_dtype(value, where, key);
+        break;
+      case OptionKind::kSeed:
+        if (!value.is(usual_seed_)) hyper.seed = seed(value, where, key);
+        break;
     }
   };
   size_t i = 0;
@@ -264,6 +318,7 @@ HyperParameters OptionReader::read(const py::dict& group, const std::string& whe
     set(i, found);
   }
   if (hyper.clips_norm() && hyper.clips_value()) refuse_two_clips(where);
+  if (hyper.master_weights && hyper.stochastic_rounding) refuse_two_roundings(where);
   return hyper;
 }
 

@@ -25,7 +25,9 @@ enum class OptionKind {
   kFlag,            // True or False
   kFractionOrNone,  // a number >= 0 and < 1, or None
   kNotNegativeOrNone,
-  kEpsMode,  // a text: "outside", "hat" or "root"
+  kEpsMode,     // a text: "outside", "hat" or "root"
+  kStateDType,  // None, or a text: "bfloat16" or "float8"
+  kSeed,        // an integer >= 0 and < 2**63
 };
 
 // Its default is that of its member in HyperParameters.
@@ -90,7 +92,9 @@ class OptionReader {
 
  private:
   std::vector<py::str> keys_;  // interned, in the order of the table
-  py::str usual_eps_mode_;     // interned; compared by what it is, as most groups have this one
+  // Compared by what they are, as most groups have these.
+  py::str usual_eps_mode_;  // interned
+  py::int_ usual_seed_;     // one of the small ones, of which there is one each
 };
 
 }  // namespace fused_adam

@@ -21,12 +21,17 @@ namespace py = pybind11;
 
 class Slot {
  public:
-  // tree, leaf: where its path stands. TypeError or ValueError where param is not taken.
-  Slot(py::object param, const Place& place, size_t group, size_t tree, size_t leaf);
+  // tree, leaf: where its path stands. TypeError or ValueError where param is not taken, or its
+  // moments cannot be stored like that.
+  Slot(py::object param, const Place& place, HyperParameters::StateDType state, size_t group,
+       size_t tree, size_t leaf);
 
   py::handle param() const { return arrays_[kParam]; }
   // What param was when it was taken: what it is now has to be the same.
   const ArrayFacts& layout() const { return layout_; }
+  Storage storage() const { return {layout_.dtype, state_}; }
+  // Has no state from then on, which is stored like that.
+  void store_state_as(HyperParameters::StateDType state, const Place& place);
   bool has(Stream stream) const { return (present_ >> stream & 1u) != 0; }
   // Of these streams, a bit for each, those that are not there.
   unsigned missing(unsigned wanted) const { return wanted & ~present_; }
@@ -66,7 +71,10 @@ class Slot {
  private:
   unsigned missing_values() const { return ~present_ | awaited_; }
 
+  void require_state(HyperParameters::StateDType state, const Place& place) const;
+
   unsigned present_ = 0, awaited_ = 0;  // a bit for each stream
+  HyperParameters::StateDType state_;
   ArrayFacts layout_;
   py::object arrays_[kStreams];  // null where there is none; no grad
   std::vector<py::ssize_t> shape_;

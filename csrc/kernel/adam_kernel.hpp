@@ -23,7 +23,13 @@ inline Coefficients<F> broadcast(const Coefficients<typename F::Scalar>& k) {
           F::broadcast(k.neg_step_size)};
 }
 
-template <class F, bool l2, bool amsgrad, bool lerp_from_grad, bool eps_in_root>
+template <bool with_l2, bool with_amsgrad, bool from_grad, bool in_root>
+struct FixedForm {
+  static constexpr bool l2 = with_l2, amsgrad = with_amsgrad;
+  static constexpr bool lerp_from_grad = from_grad, eps_in_root = in_root;
+};
+
+template <class F, class Form>
 void adam_update(const Streams& streams, int64_t count,
                  const Coefficients<typename F::Scalar>& narrowed) {
   using T = typename F::Scalar;
@@ -39,17 +45,16 @@ void adam_update(const Streams& streams, int64_t count,
     F m = lanes.load(exp_avg + i);
     F v = lanes.load(exp_avg_sq + i);
     F p = g, v_max = v;
-    if constexpr (l2) p = lanes.load(param + i);
-    if constexpr (amsgrad) v_max = lanes.load(max_exp_avg_sq + i);
-    const Fraction<F> step =
-        update_moments<l2, amsgrad, lerp_from_grad, eps_in_root>(p, g, m, v, v_max, k);
+    if constexpr (Form::l2) p = lanes.load(param + i);
+    if constexpr (Form::amsgrad) v_max = lanes.load(max_exp_avg_sq + i);
+    const Fraction<F> step = update_moments(p, g, m, v, v_max, k, Form{});
     lanes.store(exp_avg + i, m);
     lanes.store(exp_avg_sq + i, v);
-    if constexpr (amsgrad) lanes.store(max_exp_avg_sq + i, v_max);
+    if constexpr (Form::amsgrad) lanes.store(max_exp_avg_sq + i, v_max);
     return step;
   };
   const auto second_half = [&](int64_t i, Fraction<F> step, auto lanes) {
-    lanes.store(param + i, update_param(lanes.load(param + i), step, k));
+    lanes.store(param + i, update_param<true>(lanes.load(param + i), step, k));
   };
 
   // The first half runs one vector ahead. A param waits for a root, then for a division by it; a
@@ -78,9 +83,11 @@ void adam_update(const Streams& streams, int64_t count,
 template <class F, bool l2, bool amsgrad>
 void adam_stage(const Streams& streams, int64_t count, const CoefficientSet& all) {
   const auto& narrowed = of_type(all, typename F::Scalar());
-  constexpr decltype(&adam_update<F, l2, amsgrad, false, false>) updates[2][2] = {
-      {adam_update<F, l2, amsgrad, false, false>, adam_update<F, l2, amsgrad, false, true>},
-      {adam_update<F, l2, amsgrad, true, false>, adam_update<F, l2, amsgrad, true, true>}};
+  constexpr decltype(&adam_update<F, FixedForm<l2, amsgrad, false, false>>) updates[2][2] = {
+      {adam_update<F, FixedForm<l2, amsgrad, false, false>>,
+       adam_update<F, FixedForm<l2, amsgrad, false, true>>},
+      {adam_update<F, FixedForm<l2, amsgrad, true, false>>,
+       adam_update<F, FixedForm<l2, amsgrad, true, true>>}};
   updates[narrowed.lerp_from_grad][narrowed.eps_in_root](streams, count, narrowed.k);
 }
 

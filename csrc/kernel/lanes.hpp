@@ -3,6 +3,14 @@
 
 #include "kernel.hpp"
 
+// Where the compiler counts instructions and finds too many, a kernel would call a function for
+// each vector, and keep in memory what it has in registers.
+#if defined(_MSC_VER)
+#define FUSED_ADAM_INLINE __forceinline
+#else
+#define FUSED_ADAM_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace fused_adam {
 namespace {
 

@@ -23,6 +23,12 @@ struct F32x1 {
   static F32x1 load_n(const float* p, int) { return {*p}; }
   static F32x1 load_float16(const uint16_t* p);
   static F32x1 load_bfloat16(const uint16_t* p);
+  static F32x1 load_e4m3(const uint8_t* p, uint32_t base);
+  static F32x1 load_e5m3(const uint8_t* p, uint32_t base);
+  using Word = uint32_t;  // one number in all lanes
+  static constexpr int codes_at_once = 1;
+  static void store_e4m3(uint8_t*, const float*, uint32_t base, const uint32_t*, uint32_t);
+  static void store_e5m3(uint8_t*, const float*, uint32_t base, const uint32_t*, uint32_t);
 };
 
 inline void store(float* p, F32x1 a) { *p = a.v; }
@@ -81,6 +87,58 @@ inline void store_float16(uint16_t* p, F32x1 a) {
   }
   *p = static_cast<uint16_t>(sign | coded);
 }
+
+// Dithered: what is added to the bits that are cut off is *net ^ word, of as many bits.
+inline void store_bfloat16(uint16_t* p, F32x1 a, const uint32_t* net, uint32_t word) {
+  const uint32_t bits = bits_of(a.v);
+  *p = static_cast<uint16_t>(a.v != a.v ? bits >> 16 | 0x7FFF : (bits + (*net ^ word)) >> 16);
+}
+inline void store_float16(uint16_t* p, F32x1 a, const uint32_t* net, uint32_t word) {
+  const uint32_t bits = bits_of(a.v), sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+  const uint32_t added = *net ^ word;
+  uint32_t coded;
+  if (size >= 0x38800000) {
+    coded = (size + (added >> 3) - 0x38000000) >> 13;
+    coded = size > 0x7F800000 ? 0x7E00 : coded > 0x7C00 ? 0x7C00 : coded;
+  } else {  // in units of the last bit of subnormal numbers, cut off
+    const float units = float_of(size) * 0x1p24f, more = static_cast<float>(added) * 0x1p-16f;
+    coded = static_cast<uint32_t>(units + more);
+  }
+  *p = static_cast<uint16_t>(sign | coded);
+}
+
+inline bool any_nan(F32x1 a, F32x1 b) { return a.v != a.v || b.v != b.v; }
+// Of what is no NaN.
+inline void store_bfloat16_number(uint16_t* p, F32x1 a, const uint32_t* net, uint32_t word) {
+  *p = static_cast<uint16_t>((bits_of(a.v) + (*net ^ word)) >> 16);
+}
+
+// The codings of 8 bits: see convert_kernel.hpp. Stored from codes_at_once numbers, none of which
+// is infinite or NaN, and for E5M3 none negative, and which the base is chosen for.
+inline F32x1 F32x1::load_e4m3(const uint8_t* p, uint32_t base) {
+  const uint32_t size = *p & 0x7Fu, sign = (*p & 0x80u) << 24;
+  return {float_of(sign | (size == 0 ? 0 : (size << 20) + base))};
+}
+inline F32x1 F32x1::load_e5m3(const uint8_t* p, uint32_t base) {
+  return {float_of((static_cast<uint32_t>(*p) << 20) + base)};
+}
+inline uint32_t code_of(uint32_t size, uint32_t base, uint32_t added) {
+  const auto above = static_cast<int32_t>(size + added - base);
+  return above < 0 ? 0 : static_cast<uint32_t>(above) >> 20;
+}
+inline void F32x1::store_e4m3(uint8_t* p, const float* x, uint32_t base, const uint32_t* net,
+                              uint32_t word) {
+  const uint32_t bits = bits_of(*x), code = code_of(bits & 0x7FFFFFFF, base, *net ^ word);
+  *p = static_cast<uint8_t>(code | (bits >> 24 & 0x80));
+}
+inline void F32x1::store_e5m3(uint8_t* p, const float* x, uint32_t base, const uint32_t* net,
+                              uint32_t word) {
+  *p = static_cast<uint8_t>(code_of(bits_of(*x), base, *net ^ word));
+}
+// Of bits as unsigned numbers: the larger ones; the largest of all lanes. And without the sign.
+inline F32x1 max_bits(F32x1 a, F32x1 b) { return bits_of(a.v) > bits_of(b.v) ? a : b; }
+inline uint32_t largest_bits(F32x1 a) { return bits_of(a.v); }
+inline F32x1 magnitude(F32x1 a) { return {float_of(bits_of(a.v) & 0x7FFFFFFF)}; }
 
 struct F64x1 {
   using Scalar = double;

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 EpsMode: TypeAlias = Literal["outside", "hat", "root"]
+StateDType: TypeAlias = Literal["bfloat16", "float8"]
 # Or of ml_dtypes.bfloat16, of which type checkers know nothing here.
 Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.float16]
 LearningRate: TypeAlias = "float | Callable[[int], float]"
@@ -107,6 +108,21 @@ class Adam:
         For parameters of 16 bits, keep a float32 copy, ``opt.state[i]["master_param"]``, which is what
         steps update; the parameter is rounded from it after each step, and is read only as the first of
         these steps begins. Other parameters need none.
+    stochastic_rounding : bool, default False
+        Round parameters of 16 bits to one of the two neighbours instead of the nearest, so that what is lost
+        is nothing on average: steps that are smaller than half of the last bit count, too. Which one
+        depends on `seed`, the index of the parameter, the step and the element, and on nothing else. Not
+        together with `master_weights`. Other parameters need none.
+    seed : int, default 0
+        Of `stochastic_rounding`: >= 0 and < 2**63.
+    state_dtype : {"bfloat16", "float8"}, optional
+        Store both moments (and that of `amsgrad`) in fewer bytes, for parameters of float32 and 16 bits.
+        They are decoded to float32 before each step, and encoded after it with a dither, since rounded to
+        the nearest they would stand still. "bfloat16": 4 bytes for each element of a parameter in the place
+        of 8. "float8": 2.016 bytes; floats of 8 bits, for the first moment with a sign, 4 bits of exponent
+        and 3 of fraction (E4M3), for squares with 5 and 3 (E5M3), and in each block of 128 elements the
+        exponents count from one that they share. See the notes. Fixed once a group is made; a checkpoint of
+        :meth:`state_dict` has them in float32, and loads into any.
     no_decay : str, list of str or function, optional
         Parameters that are not to decay, biases and norms usually. Patterns of their names as in
         :attr:`state` (in lists, indices), ``["bias", "*norm*"]``: each matches a whole name or its end after
@@ -183,6 +199,9 @@ class Adam:
         eps_mode: EpsMode = "outside",
         bias_correction: bool = True,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        state_dtype: StateDType | None = None,
         no_decay: NoDecay | None = None,
         allow_mixed: bool = False,
         num_threads: int | None = None,

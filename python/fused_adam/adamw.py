@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from fused_adam._groups import NoDecay
 from fused_adam._tables import options_in
-from fused_adam.adam import Adam, EpsMode, LearningRate, Params
+from fused_adam.adam import Adam, EpsMode, LearningRate, Params, StateDType
 
 
 class AdamW(Adam):
@@ -20,7 +20,9 @@ class AdamW(Adam):
     ----------
     params, lr, betas, eps, amsgrad, maximize, ema_decay, max_norm, clip_value, skip_nonfinite
         As in :class:`Adam`.
-    eps_mode, bias_correction, master_weights, no_decay, allow_mixed, num_threads
+    eps_mode, bias_correction, master_weights, stochastic_rounding, seed, state_dtype
+        As in :class:`Adam`.
+    no_decay, allow_mixed, num_threads
         As in :class:`Adam`.
     weight_decay : float, default 1e-2
         >= 0.
@@ -50,6 +52,9 @@ class AdamW(Adam):
         eps_mode: EpsMode = "outside",
         bias_correction: bool = True,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        state_dtype: StateDType | None = None,
         no_decay: NoDecay | None = None,
         allow_mixed: bool = False,
         num_threads: int | None = None,

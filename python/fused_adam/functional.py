@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _config, _core
@@ -32,9 +33,15 @@ def adam_step(
     eps_mode: Literal["outside", "hat", "root"] = "outside",
     bias_correction: bool = True,
     master_weights: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    state_dtype: Literal["bfloat16", "float8"] | None = None,
     max_exp_avg_sq: npt.NDArray[Any] | None = None,
     ema: npt.NDArray[Any] | None = None,
     master_param: npt.NDArray[Any] | None = None,
+    exp_avg_scale: npt.NDArray[np.uint8] | None = None,
+    exp_avg_sq_scale: npt.NDArray[np.uint8] | None = None,
+    max_exp_avg_sq_scale: npt.NDArray[np.uint8] | None = None,
     grad_scale: float | None = None,
     zero_grad: bool = False,
     allow_mixed: bool = False,
@@ -54,8 +61,13 @@ def adam_step(
         The number of this step, counted from 1. It decides the bias corrections.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, ema_decay
         As in :class:`fused_adam.Adam`.
-    eps_mode, bias_correction, master_weights
-        As in :class:`fused_adam.Adam`.
+    eps_mode, bias_correction, master_weights, stochastic_rounding, seed
+        As in :class:`fused_adam.Adam`. For stochastic rounding every `param` is the first one: give each a
+        seed of its own.
+    state_dtype : {"bfloat16", "float8"}, optional
+        As in :class:`fused_adam.Adam`. With "bfloat16" the averages are the bits of such numbers, in uint16
+        (or bfloat16, of ml_dtypes). With "float8" they are codes, in uint8, of shape ``(param.size,)``, for
+        the elements in the order in which they lie in memory.
     max_norm, clip_value, skip_nonfinite
         As in :class:`fused_adam.Adam`, for this gradient alone.
     max_exp_avg_sq : numpy.ndarray, optional
@@ -64,6 +76,9 @@ def adam_step(
         Like `exp_avg`, and a copy of `param` before the first step; needed for `ema_decay`.
     master_param : numpy.ndarray, optional
         Likewise; needed for `master_weights` where `param` is of 16 bits.
+    exp_avg_scale, exp_avg_sq_scale, max_exp_avg_sq_scale : numpy.ndarray, optional
+        The exponents of blocks of 128 codes, in uint8, of shape ``(ceil(param.size / 128),)``, zeros before
+        the first step; needed for "float8".
     grad_scale : float, optional
         Divide the gradient by it first, as in :meth:`fused_adam.Adam.step`.
     zero_grad : bool, default False
