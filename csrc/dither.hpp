@@ -2,14 +2,15 @@
 // element, step and key, and no state. Whoever computes an element, in whatever order, gets its
 // own.
 //
-// Over the 128 elements of a block the numbers are a shuffled net: each 128th of their range has
-// one of them, and so has each 256th of those of an element over 256 steps. Sums stay closer to
-// what they should be than by chance. (A golden-ratio sequence over steps resonated with gradients
-// that repeat; this net did not.)
+//   number = reversed bits of (element % 128)  ^  hash of (element / 128), step and key
 //
-//   number = reversed bits of (element % 128)  ^  hash of (element / 128)  ^  word of the step
+// and of it as many bits as are needed, from the top. So the numbers of a block are a shuffled net:
+// each 128th of their range has one of them, and sums over elements stay closer to what they should
+// be than by chance. Over the steps of an element they are as by chance.
 //
-// and of it as many bits as are needed, from the top.
+// A net over steps, too, made a drift: what has not been rounded down for long is due then, and it
+// is what is too large. Second moments that fell for 2500 steps without gradients were 14 % too low
+// in 8 bits, and 1.1 % in bfloat16. With these it is chance: below 1 and .4 %, the mean of 1024.
 #pragma once
 
 #include <stdint.h>
@@ -17,11 +18,6 @@
 #include "streams.hpp"
 
 namespace fused_adam {
-
-// Of one step and whatever shares its numbers.
-struct Dither {
-  uint32_t key, word;
-};
 
 namespace {  // kernel files include it
 
@@ -38,27 +34,24 @@ constexpr uint32_t reversed(uint32_t x) {
   return bits;
 }
 
-inline Dither dither_of(uint32_t key, int64_t step) {
-  const uint32_t own = hash32(~key), epoch = static_cast<uint32_t>(step >> 8);
-  const uint32_t top = reversed(static_cast<uint32_t>(step & 255)) ^ hash32(epoch ^ own);
-  const uint32_t rest = hash32(static_cast<uint32_t>(step) + own);
-  return {key, (top & 0xFF000000) | (rest & 0x00FFFFFF)};
+// Of all elements that share a key: what their numbers are made of in this step.
+constexpr uint32_t dither_of(uint32_t key, int64_t step) {
+  return hash32(hash32(static_cast<uint32_t>(step >> 32) ^ key) + static_cast<uint32_t>(step));
 }
-
 // Of the moment that is so many streams after kExpAvg.
-inline Dither moment_dither(uint32_t moment, int64_t step) {
+constexpr uint32_t moment_dither(uint32_t moment, int64_t step) {
   return dither_of(hash32(1 + moment), step);
 }
-
-// Of the block of elements that this one begins.
-constexpr uint32_t word_of(const Dither& dither, int64_t first) {
-  return hash32(static_cast<uint32_t>(first / kBlock) ^ dither.key) ^ dither.word;
+// Of the parameter with this number.
+constexpr uint32_t param_dither(uint64_t seed, uint32_t number, int64_t step) {
+  const uint32_t low = hash32(static_cast<uint32_t>(seed) + 0x9E3779B9);
+  const uint32_t of_seed = hash32(low ^ static_cast<uint32_t>(seed >> 32));
+  return dither_of(hash32(of_seed + number), step);
 }
 
-// Of parameters by their number.
-constexpr uint32_t dither_key(uint64_t seed, uint32_t number) {
-  const uint32_t low = hash32(static_cast<uint32_t>(seed) + 0x9E3779B9);
-  return hash32(hash32(low ^ static_cast<uint32_t>(seed >> 32)) + number);
+// Of the block that this element is in.
+constexpr uint32_t word_of(uint32_t dither, int64_t element) {
+  return hash32(static_cast<uint32_t>(element / kBlock) ^ dither);
 }
 
 }  // namespace

@@ -211,8 +211,8 @@ void StepPlan::encode_param(const ArrayUpdate& array, const StageTable& table, c
                             void* param, int64_t first, int64_t count) const noexcept {
   const Rule& rule = rules_[array.rule];
   if (!rule.rounds_stochastically) return encode(table, array.dtype, numbers, param, count);
-  const uint32_t key = dither_key(static_cast<uint64_t>(rule.seed), array.number);
-  encode(table, array.dtype, numbers, param, nullptr, first, count, dither_of(key, rule.step));
+  const uint32_t dither = param_dither(static_cast<uint64_t>(rule.seed), array.number, rule.step);
+  encode(table, array.dtype, numbers, param, nullptr, first, count, dither);
 }
 
 void StepPlan::clear_grads(const StageTable& table, const Threads& threads) const noexcept {

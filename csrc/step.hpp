@@ -73,8 +73,8 @@ class StepPlan {
     int64_t step, seed;
     bool l2, amsgrad, ema, masters, rounds_stochastically;
     bool scales_grad[kComputed];
-    GradCoefficientSet grad;   // only where it scales
-    Dither dithers[kMoments];  // only where moments are stored in fewer bytes
+    GradCoefficientSet grad;     // only where it scales
+    uint32_t dithers[kMoments];  // only where moments are stored in fewer bytes
   };
 
   void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,

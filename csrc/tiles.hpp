@@ -32,7 +32,7 @@ inline void encode(const StageTable& table, DType dtype, const void* numbers, vo
 }
 // first: the number of the first element in its array.
 inline void encode(const StageTable& table, DType dtype, const void* numbers, void* elements,
-                   void* exponents, int64_t first, int64_t count, const Dither& dither) noexcept {
+                   void* exponents, int64_t first, int64_t count, uint32_t dither) noexcept {
   table.encode_dithered[dtype - kComputed](static_cast<const float*>(numbers), elements,
                                            static_cast<uint8_t*>(exponents), first, count, dither);
 }

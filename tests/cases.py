@@ -24,7 +24,9 @@ LINE = 64  # bytes of a cache line, and of the widest vector
 
 # --- options ---------------------------------------------------------------------------------------
 
-OPTION_TABLE, STREAMS = _tables.OPTIONS, _tables.STREAMS
+OPTION_TABLE, ALL_STREAMS = _tables.OPTIONS, _tables.STREAMS
+# Those of numbers; the others say how moments are stored that are in blocks (test_stored_moments.py).
+STREAMS = tuple(stream for stream in ALL_STREAMS if stream.elements_per_entry == 1)
 DEFAULTS = dict(_tables.DEFAULTS)
 # The options that ask for a stream, so that a step with these has all of them.
 EVERYTHING: dict[str, Any] = {
@@ -103,8 +105,9 @@ def _options() -> dict[str, dict[str, Any]]:
 
 
 def without_conflicts(options: dict[str, Any]) -> dict[str, Any]:
-    """Drawn options, of which one that another excludes is None."""
-    return options if options["max_norm"] is None else {**options, "clip_value": None}
+    """Drawn options, without what others among them exclude."""
+    options = options if options["max_norm"] is None else {**options, "clip_value": None}
+    return {**options, "stochastic_rounding": False} if options["master_weights"] else options
 
 
 OPTIONS = _options()
@@ -168,7 +171,7 @@ class Arrays(namedtuple("Arrays", [stream.name for stream in STREAMS], defaults=
     ) -> tuple[bool, float] | None:
         threads = _core.Threads(_config.THREADS.back_end, max_threads)
         isa = isa or all_isas()[0]
-        arrays = self._asdict()
+        arrays = {**dict.fromkeys(stream.name for stream in ALL_STREAMS), **self._asdict()}
         return _core.adam_step(isa, threads, options, step, arrays, zero_grad, grad_scale, allow_mixed)
 
 

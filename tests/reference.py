@@ -64,15 +64,23 @@ def adam(
     eps_mode,
     bias_correction,
     master_weights,
+    stochastic_rounding,
+    seed,
+    state_dtype,
     grad_scale=None,
     grad_norm=None,
+    number=0,
 ):
     """One step: the new param, exp_avg, exp_avg_sq, max_exp_avg_sq (without amsgrad: the old one), ema
     (without ema_decay: the old one) and master_param (likewise, or where param is computed in itself).
 
-    grad_norm: of all gradients, where this one is not the only one.
+    grad_norm: of all gradients, where this one is not the only one. number: of the parameter. With a
+    state_dtype, the moments are of type Moment.
     """
     stored, all_given = param.dtype, (param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, master_param)
+    if state_dtype is not None:
+        exp_avg, exp_avg_sq = decoded_moment(exp_avg, True), decoded_moment(exp_avg_sq, False)
+        max_exp_avg_sq = decoded_moment(max_exp_avg_sq, False) if amsgrad else max_exp_avg_sq
     has_master = master_weights and stored != COMPUTED_IN[stored]
     param, grad = master_param if has_master else decoded(param), decoded(grad)
     grad = unscaled(grad, grad_scale)
@@ -105,11 +113,21 @@ def adam(
         if amsgrad:
             keep = (max_exp_avg_sq > exp_avg_sq) | np.isnan(max_exp_avg_sq)
             second_moment = max_exp_avg_sq = np.where(keep, max_exp_avg_sq, exp_avg_sq)
-        denominator = np.sqrt(second_moment + k.eps_root) / k.sqrt_correction2 + k.eps
+        root = np.sqrt(second_moment + k.eps_root)
+        if state_dtype is None:
+            denominator = root / k.sqrt_correction2 + k.eps
+        else:
+            denominator = fma(root, k.sqrt_correction2.dtype.type(1) / k.sqrt_correction2, k.eps)
         param = param + k.neg_step_size * exp_avg / denominator
         if ema_decay is not None:
             ema = lerp(ema, param, k.ema_weight)
     master_param = param if has_master else master_param
+    if state_dtype is not None:
+        exp_avg = encoded_moment(exp_avg, state_dtype, step, 0)
+        exp_avg_sq = encoded_moment(exp_avg_sq, state_dtype, step, 1)
+        max_exp_avg_sq = encoded_moment(max_exp_avg_sq, state_dtype, step, 2) if amsgrad else max_exp_avg_sq
+    if stochastic_rounding and stored != COMPUTED_IN[stored]:
+        param = stochastically_rounded(param, stored, param_key(seed, number), step)
     return encoded(param, stored), exp_avg, exp_avg_sq, max_exp_avg_sq, ema, master_param
 
 
@@ -225,6 +243,109 @@ def lerp(start, end, weight):
     if weight < 0.5:
         return fma(weight, end - start, start)
     return fma(weight - weight.dtype.type(1), end - start, end)
+
+
+# --- Numbers in fewer bytes --------------------------------------------------------------------------
+
+
+class Moment(NamedTuple):
+    codes: np.ndarray  # uint16: the upper halves of float32 numbers; uint8: see below
+    exponents: np.ndarray | None = None  # uint8, of each block of 128 codes
+
+
+BLOCK = 128
+NAN = 0x7FC00000
+
+
+def u32(x):
+    return np.asarray(x).astype(np.uint32)
+
+
+def hash32(x):
+    with np.errstate(over="ignore"):
+        x = u32(x)
+        x = (x ^ x >> 16) * np.uint32(0x85EBCA6B)
+        x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
+        return x ^ x >> 16
+
+
+def reversed_bits(x):
+    return u32(int(f"{int(x):032b}"[::-1], 2))
+
+
+def dither(count, bits, key, step):
+    """What is added to the bits of each element that are cut off: so many."""
+    of_step = hash32((int(hash32(u32(step >> 32) ^ key)) + step) & 0xFFFFFFFF)
+    net = np.array([reversed_bits(i) for i in range(BLOCK)])
+    i = np.arange(count)
+    return (net[i % BLOCK] ^ hash32(u32(i // BLOCK) ^ of_step)) >> (32 - bits)
+
+
+def moment_key(moment):
+    return hash32(1 + moment)
+
+
+def param_key(seed, number):
+    low = hash32((seed + 0x9E3779B9) & 0xFFFFFFFF)
+    return hash32((int(hash32(low ^ u32(seed >> 32))) + number) & 0xFFFFFFFF)
+
+
+def flat_bits(array):
+    """The bits of float32 numbers, as they lie in memory."""
+    return np.asarray(array, np.float32).ravel(order="K").view(np.uint32)
+
+
+def stochastically_rounded(array, stored, key, step):
+    """float32 numbers that the stored type holds: one of the two neighbours of each."""
+    bits, added = flat_bits(array), dither(array.size, 16, key, step)
+    if stored != np.float16:
+        rounded = (bits + added & 0xFFFF0000).view(np.float32)
+    else:
+        size, small = bits & 0x7FFFFFFF, (bits & 0x7FFFFFFF) < 0x38800000
+        with np.errstate(all="ignore"):
+            normal = (size + (added >> 3) & ~np.uint32(0x1FFF)).view(np.float32)
+            units = size.view(np.float32) * np.float32(2**24) + added.astype(np.float32) * np.float32(2**-16)
+            rounded = np.where(small, np.floor(units) * np.float32(2**-24), normal)
+            rounded = np.where(rounded > 65504, np.float32(np.inf), rounded)
+            rounded = np.where(bits >> 31, -rounded, rounded)
+    rounded = np.where(np.isnan(bits.view(np.float32)), np.float32(np.nan), rounded)
+    return rounded.astype(np.float32).reshape(array.shape, order="F" if array.flags.fnc else "C")
+
+
+# Floats of 8 bits whose exponents count from one that a block shares: what is left of the bits of a float32
+# above a base, in units of 2**20. With a sign, 4 bits of exponent and 3 of fraction; or 5 and 3.
+
+
+def base_of(exponents, signed):
+    e = np.repeat(exponents.astype(np.int64), BLOCK)
+    return np.maximum(e - (15 if signed else 31), 0) << 23
+
+
+def decoded_moment(moment, signed):
+    codes, exponents = moment
+    if exponents is None:
+        return (codes.astype(np.uint32) << 16).view(np.float32)
+    base, codes = base_of(exponents, signed)[: codes.size], codes.astype(np.int64)
+    if not signed:
+        return u32((codes << 20) + base).view(np.float32)
+    size = np.where(codes & 127, ((codes & 127) << 20) + base, 0)
+    return u32((codes >> 7 << 31) | size).view(np.float32)
+
+
+def encoded_moment(array, state_dtype, step, moment):
+    """moment: 0 for exp_avg, 1 for exp_avg_sq, 2 for max_exp_avg_sq."""
+    bits, key, signed = flat_bits(array), moment_key(moment), moment == 0
+    size = (bits & 0x7FFFFFFF).astype(np.int64)
+    nan = size > 0x7F800000
+    if state_dtype == "bfloat16":
+        rounded = np.where(nan, NAN, bits.astype(np.int64) + dither(bits.size, 16, key, step))
+        return Moment((rounded >> 16).astype(np.uint16).reshape(array.shape))
+    blocks = np.concatenate([size, np.zeros(-size.size % BLOCK, np.int64)]).reshape(-1, BLOCK)
+    exponents = np.minimum((blocks.max(axis=1) + 0xFFFFF) >> 23, 255).astype(np.uint8)
+    above = size - base_of(exponents, signed)[: size.size] + dither(size.size, 20, key, step)
+    codes = np.clip(above >> 20, 0, 127 if signed else 255)
+    codes = np.where(nan, 127 if signed else 255, codes | (bits >> 31 << 7 if signed else 0))
+    return Moment(codes.astype(np.uint8), exponents)
 
 
 # --- a * b + c with one rounding -------------------------------------------------------------------

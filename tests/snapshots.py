@@ -138,7 +138,8 @@ class Snapshot:
         for index, entry in self._opt.state.items():
             yield f"state[{index}]['step']", entry.pop("step")
             for name, array in entry.items():  # a new view each time: its address says which memory
-                yield f"state[{index}][{name!r}]", (array.ctypes.data, array.shape, array.tobytes())
+                place = array.ctypes.data if array.flags.writeable else None  # or a copy of what is coded
+                yield f"state[{index}][{name!r}]", (place, array.shape, array.tobytes())
 
     def assert_unchanged(self) -> None:
         after = dict(self._facts())

@@ -52,6 +52,8 @@ def random_options(rng):
         "fraction or None": lambda: rng.choice([None, 0.3, 0.999]),
         "eps mode": lambda: str(rng.choice(["outside", "hat", "root"])),
         "number or None": lambda: rng.choice([None, None, 0.0, 10 ** rng.uniform(-6, 3)]),
+        "seed": lambda: int(rng.integers(2**63)),
+        "state dtype": lambda: None,  # others: test_stored_moments.py
     }
     return without_conflicts({option.name: kinds[option.kind]() for option in OPTION_TABLE})
 

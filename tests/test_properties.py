@@ -32,6 +32,8 @@ kinds = {
     "fraction or None": st.none() | betas,
     "number or None": st.none() | not_negative,
     "eps mode": st.sampled_from(["outside", "hat", "root"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "state dtype": st.none(),  # others: test_stored_moments.py
 }
 options = st.fixed_dictionaries({option.name: kinds[option.kind] for option in OPTION_TABLE}).map(
     without_conflicts

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cases import DEFAULTS, OPTION_TABLE, STREAMS
+from cases import ALL_STREAMS, DEFAULTS, OPTION_TABLE, STREAMS
 from fused_adam import Adam, AdamW, _core, adam_step
 from fused_adam._tables import LATER
 from snapshots import random_like
@@ -52,7 +52,7 @@ def test_options_of_signatures(name: str) -> None:
 @functions
 def test_all_arguments_of_signatures(name: str) -> None:
     """Nothing that is in no table, but for these."""
-    arrays = [stream.name for stream in STREAMS]
+    arrays = [stream.name for stream in ALL_STREAMS]
     others = [*arrays, "step", "grad_scale", "zero_grad"] if name == "adam_step" else ["params", "no_decay"]
     others.append("allow_mixed")
     found = set(inspect.signature(FUNCTIONS[name][0]).parameters)
@@ -97,7 +97,7 @@ def test_options_of_groups_are_those_of_the_table() -> None:
 
 def test_streams_have_the_names_of_arguments_and_of_options() -> None:
     parameters = inspect.signature(adam_step).parameters
-    for stream in STREAMS:
+    for stream in ALL_STREAMS:
         parameter = parameters[stream.name]
         if stream.option is None:
             assert parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
@@ -105,14 +105,15 @@ def test_streams_have_the_names_of_arguments_and_of_options() -> None:
             assert parameter.default is None and parameter.kind is parameter.KEYWORD_ONLY
             assert stream.option in DEFAULTS
     assert {stream.option for stream in STREAMS} - {None} == set(EVERYTHING)
-    assert [stream.name for stream in STREAMS if not stream.ours] == ["param", "grad"]
+    assert {stream.option for stream in set(ALL_STREAMS) - set(STREAMS)} == {"state_dtype"}
+    assert [stream.name for stream in ALL_STREAMS if not stream.ours] == ["param", "grad"]
 
 
 def test_streams_that_options_ask_for() -> None:
     always = [stream.name for stream in STREAMS if stream.ours and stream.option is None]
     assert _core.streams_of(DEFAULTS) == always
-    for key, value in EVERYTHING.items():
-        asked = [stream.name for stream in STREAMS if stream.option == key]
+    for key, value in {**EVERYTHING, "state_dtype": "float8"}.items():
+        asked = [s.name for s in ALL_STREAMS if s.option == key and s.name != "max_exp_avg_sq_scale"]
         assert _core.streams_of({**DEFAULTS, key: value}) == [*always, *asked]
 
 

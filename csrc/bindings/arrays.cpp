@@ -176,10 +176,10 @@ DType require_dtype(const PyArray_Proxy* array, const Place& place, const DType*
                          ", expected float32, float64, float16 or bfloat16. Convert it once, " +
                          "with a.astype(np.float32), and use the result.");
   }
-  // NumPy writes '=' for native order, unless it was asked for by its own sign.
+  // NumPy writes '=' for native order, unless it was asked for by its own sign; and '|' for bytes.
   const uint16_t one = 1;
   const char native = *reinterpret_cast<const char*>(&one) == 1 ? '<' : '>';
-  if (descr->byteorder != '=' && descr->byteorder != native) {
+  if (descr->byteorder != '=' && descr->byteorder != native && descr->byteorder != '|') {
     throw py::value_error(place.str() + " has byte-swapped elements (dtype " + text(array->descr) +
                           "). Convert it once, with a.astype(a.dtype.newbyteorder('=')).");
   }

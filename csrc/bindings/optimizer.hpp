@@ -71,20 +71,21 @@ class Optimizer {
   std::vector<size_t> sizes() const;
   const char* isa() const { return isa_.name; }
 
-  // {"step": int, "exp_avg": array, ...}: views of each stream of ours that has values.
+  // {"step": int, "exp_avg": array, ...}: views of each stream of ours that has values, or what is
+  // in it, decoded.
   py::dict state(size_t index) const;
   // {"step": [int, ...], "exp_avg": [array, ...], ...}: the same of all parameters at once, for our
   // own use, as the arrays are the optimizer's own. None where one has no such stream.
   py::dict all_state() const;
 
-  // What parameters and streams of ours are or would be: a dict {"param": ("float32", (3, 4), "C"),
-  // "exp_avg": ...} for each kind of parameter, and a list with the number of its kind for each.
+  // What parameters and streams are or would be stored as: a dict {"param": ("float32", (3, 4),
+  // "C"), "grad": ...} for each kind of parameter, and a list with the number of its kind for each.
   py::tuple kinds() const;
   // {"exp_avg": [array, ...]}: the optimizer's own arrays of the parameters that {"exp_avg":
   // [index, ...]} names, made where there were none: all of them or none. Needs exclusive use.
   py::dict streams(const py::dict& wanted);
-  // The state of all parameters as at the beginning, stored as these options of each group ask for.
-  // ValueError where a parameter cannot have that. Needs exclusive use.
+  // What state is stored as from now on, as these options of each group say; where that changes,
+  // there is none. ValueError where a parameter cannot have that. Needs exclusive use.
   void store_state_as(const std::vector<py::dict>& options);
   // Those that the options of the groups ask for. Needs exclusive use.
   void make_wanted_streams(py::handle param_groups);

@@ -125,9 +125,7 @@ py::tuple Optimizer::kinds() const {
     if (!is_new) continue;
     py::dict layouts;
     for (const StreamInfo& info : kStreamTable) {
-      if (is_ours(info) || info.stream == kParam) {
-        layouts[info.name] = layout_of(info.stream, slot);
-      }
+      layouts[info.name] = layout_of(info.stream, slot);
     }
     kinds.append(layouts);
   }
@@ -154,23 +152,18 @@ py::dict Optimizer::streams(const py::dict& wanted) {
 
 void Optimizer::store_state_as(const std::vector<py::dict>& options) {
   if (options.size() != groups_.size()) throw std::logic_error("another number of groups");
-  std::vector<unsigned> wanted;
+  memory_is_indexed_ = false;
   Rates rates = Rates::not_asked();
   for (size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
     const HyperParameters hyper = reader_.read(options[g], group.name, rates);
+    if (hyper.state_dtype == group.state) continue;
     for (size_t i = group.first; i < group.first + group.count; ++i) {
-      Slot& slot = slots_[i];
-      const Place here = place("", slot);
-      if (hyper.state_dtype != group.state) {
-        const std::lock_guard<std::mutex> lock(slots_mutex_);
-        slot.store_state_as(hyper.state_dtype, here);
-      }
-      wanted.push_back(wanted_streams(hyper, slot.layout().dtype));
+      const std::lock_guard<std::mutex> lock(slots_mutex_);
+      slots_[i].store_state_as(hyper.state_dtype, place("", slots_[i]));
     }
     group.state = hyper.state_dtype;
   }
-  add_missing(wanted);
 }
 
 void Optimizer::make_wanted_streams(py::handle param_groups) {

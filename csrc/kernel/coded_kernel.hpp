@@ -136,7 +136,7 @@ class BFloat16Moments {
   uint16_t *const m_, *const v_, *const v_max_;
   const Form form_;
   const int64_t first_;
-  const Dither of_m_, of_v_, of_v_max_;
+  const uint32_t of_m_, of_v_, of_v_max_;
   Word word_m_, word_v_, word_v_max_;
 };
 
@@ -146,7 +146,7 @@ template <class F, class Type>
 class BlockCoder {
  public:
   using Word = typename F::Word;
-  BlockCoder(uint8_t* codes, uint8_t* exponents, const Dither& dither, float* scratch)
+  BlockCoder(uint8_t* codes, uint8_t* exponents, uint32_t dither, float* scratch)
       : codes_(codes), exponents_(exponents), dither_(dither), scratch_(scratch) {}
 
   // i: the first element of a block.
@@ -181,7 +181,7 @@ class BlockCoder {
 
  private:
   uint8_t *const codes_, *const exponents_;
-  const Dither dither_;
+  const uint32_t dither_;
   float* const scratch_;
   Word base_{}, new_base_{}, word_{};
   bool is_finite_ = true;

@@ -77,7 +77,7 @@ void encode(const float* values, void* to, int64_t count) {
 
 template <class F, class Type>
 void encode_dithered(const float* values, void* to, uint8_t*, int64_t first, int64_t count,
-                     const Dither& dither) {
+                     uint32_t dither) {
   auto* const coded = static_cast<uint16_t*>(to);
   for (int64_t i = 0, of_block; i < count; i += of_block) {
     const int64_t begin = (first + i) % kBlock;
@@ -153,7 +153,7 @@ inline uint32_t exponent_for(uint32_t largest_bits) {
 
 template <class F, class Type>
 inline void encode_block(const float* x, uint8_t* codes, uint8_t* exponent, int64_t first,
-                         const Dither& dither) {
+                         uint32_t dither) {
   F largest = Type::size(F::load(x));
   for (int i = F::width; i < kBlock; i += F::width) {
     largest = max_bits(largest, Type::size(F::load(x + i)));
@@ -187,7 +187,7 @@ void decode_blocks(const void* from, const uint8_t* exponents, float* values, in
 
 template <class F, class Type>
 void encode_blocks(const float* values, void* to, uint8_t* exponents, int64_t first, int64_t count,
-                   const Dither& dither) {
+                   uint32_t dither) {
   auto* codes = static_cast<uint8_t*>(to);
   for (; count >= kBlock; count -= kBlock, values += kBlock, codes += kBlock, first += kBlock) {
     encode_block<F, Type>(values, codes, exponents++, first, dither);

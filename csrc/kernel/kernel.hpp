@@ -24,7 +24,7 @@ struct CodedStep {
   DType param, grad, exp_avg;  // the other moments alike
   bool l2, amsgrad;
   int64_t first;  // the number of the first element in its array: a multiple of 16, or of kBlock
-  Dither dithers[kMoments];
+  uint32_t dithers[kMoments];
 };
 using CodedStage = void (*)(const Streams&, int64_t count, const CoefficientSet&, const CodedStep&);
 
@@ -39,7 +39,7 @@ using AddGrad = void (*)(const void* grad, void* sum, int64_t count);
 using Decode = void (*)(const void* from, const uint8_t* exponents, float* to, int64_t count);
 using Encode = void (*)(const float* from, void* to, int64_t count);
 using EncodeDithered = void (*)(const float* from, void* to, uint8_t* exponents, int64_t first,
-                                int64_t count, const Dither& dither);
+                                int64_t count, uint32_t dither);
 // To add squares to the kNormLanes lanes of their block. position: of the first element in it.
 using AddSquares = void (*)(const void* grad, int64_t position, int64_t count, double* lanes);
 constexpr int64_t kNormBlock = 4096;  // elements

@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_adam import _config, _core
-from fused_adam._tables import DEFAULTS, LR_SCHEDULE, STATE, STREAMS, features, unknown_features, used
+from fused_adam._tables import (
+    DEFAULTS,
+    LR_SCHEDULE,
+    NUMBERS,
+    STATE,
+    STREAMS,
+    features,
+    unknown_features,
+    used,
+)
 
 # How torch.optim.Adam computes, not what: written for it, so that it goes on fused, and dropped when read.
 TORCH_FLAGS = {"foreach": None, "capturable": False, "differentiable": False, "fused": True}
@@ -30,13 +39,15 @@ class CheckpointError(ValueError):
 
 
 def state_dict(core: _core.Optimizer, groups: list[dict[str, Any]], names: Names) -> dict[str, Any]:
-    param_groups = saved_groups(groups, names, rates_of(groups, core.steps))
+    # How it is stored is nothing to whom it is given: it is in full precision.
+    stored_anyhow = [{**group, "state_dtype": None} for group in groups]
+    param_groups = saved_groups(stored_anyhow, names, rates_of(groups, core.steps))
     core.make_wanted_streams(groups)  # those of options that were switched on, and not stepped since
     state = dict(enumerate(copy_state(core)))
     saved: dict[str, Any] = {"state": state, "param_groups": param_groups}
     if core.steps != most_steps(entry["step"] for entry in state.values()):
         saved["steps"] = core.steps
-    required = features(groups, {name for entry in state.values() for name in entry})
+    required = features(stored_anyhow, {name for entry in state.values() for name in entry})
     return {**saved, "requires": required} if required else saved
 
 
@@ -105,8 +116,17 @@ def check_read(options: dict[str, Any], where: str) -> None:
     _core.check_options(options, where, None)
 
 
+def stored_state(core: _core.Optimizer) -> list[Entry]:
+    """Copies of the state of each parameter, as it is stored."""
+    columns = core.all_state()
+    return [
+        {name: np.array(value) for name, value in zip(columns, row, strict=True) if value is not None}
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
 def copy_state(core: _core.Optimizer) -> list[Entry]:
-    """The state of each parameter, as arrays of its own."""
+    """The state of each parameter in full precision, as arrays of its own."""
     live = map(core.state, range(len(core)))
     return [
         {name: np.array(value, np.int64 if name == "step" else None) for name, value in entry.items()}
@@ -127,6 +147,8 @@ def restore_state(
     steps: int | None,
 ) -> None:
     """Write checked entries into the optimizer; what an entry does not have is as at the beginning.
+
+    Their arrays are as stored, or in full precision.
 
     all_kinds: ``core.kinds()``. new_options: groups, and what to update them by. steps: made so far; None
     where it was not saved.
@@ -177,7 +199,8 @@ def load_state_dict(
         where = f"state_dict['param_groups'][{i}]"
         ids += _read_ids(saved, len(group["params"]), names[i], where)
         try:
-            new_options.append(taken_over(group, saved, required, keep_lr, fixed_options))
+            fixed = {**fixed_options, "state_dtype": group["state_dtype"]}
+            new_options.append(taken_over(group, saved, required, keep_lr, fixed))
         except LookupError as problem:
             _require(False, f"{where} {problem.args[0]}. Give this optimizer one, or pass keep_lr=True")
         check_read(new_options[i], where)
@@ -187,7 +210,9 @@ def load_state_dict(
     _require(not unknown, f"state_dict['state'] has entries of no group: {unknown}")
 
     wanted = [
-        _core.streams_of(o) for o, group in zip(new_options, groups, strict=True) for _ in group["params"]
+        [name for name in _core.streams_of(o) if name in NUMBERS]
+        for o, group in zip(new_options, groups, strict=True)
+        for _ in group["params"]
     ]
     kinds, of_param = all_kinds = core.kinds()
     entries = [
@@ -226,20 +251,20 @@ def _read_entry(
     _require(isinstance(saved, Mapping), f"{where} must be a dict", TypeError)
     if not saved:  # PyTorch's, of a parameter that never had a gradient
         return {"step": 0}
-    unknown = [key for key in saved if key not in ("step", *STATE)]
+    unknown = [key for key in saved if key not in ("step", *NUMBERS)]
     _require(not unknown, f"{where} has {unknown}, which is not Adam's")
     begins_later = {stream.name for stream in STREAMS if stream.copy_of_param}
     for name in ("step", *wanted):
         _require(name in saved or name in begins_later, f"{where} has no {name!r}")
     entry: Entry = {"step": _read_step(saved["step"], f"{where}['step']")}
     # What only parameters of 16 bits have is nothing to others.
-    is_coded = layouts["param"][0] != layouts["exp_avg"][0]
-    unused = {stream.name for stream in STREAMS if stream.coded_only and not is_coded}
-    for name in STATE:
+    stored = layouts["param"][0]
+    dtype, shape, _ = layouts["grad"]  # as buffers of gradients, whatever it becomes here
+    unused = {stream.name for stream in STREAMS if stream.coded_only and stored == dtype}
+    for name in NUMBERS:
         if name in saved and name not in unused:
-            dtype, shape, _ = layouts[name]
             # PyTorch's are stored as the parameter is.
-            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", dtype, shape, layouts["param"][0])
+            entry[name] = _read_array(saved[name], f"{where}[{name!r}]", dtype, shape, stored)
     return entry
 
 

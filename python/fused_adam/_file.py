@@ -156,6 +156,10 @@ def _load(
     new_defaults = taken_over(defaults, saved.defaults, "defaults") if saved.defaults else defaults
 
     label = partial(_label, names, groups)
+    try:
+        core.store_state_as(options)
+    except ValueError as error:
+        refuse(f"it is of another model: {error}".removesuffix("."))
     kinds = core.kinds()
     _require_params(saved, kinds, label)
     # Those of the file, whatever the groups of the caller say: the options of the file hold.
@@ -417,8 +421,14 @@ def _require_params(saved: Header, kinds: Kinds, label: Callable[[int], str]) ->
     for i, (was, here) in enumerate(zip(found, params, strict=True)):
         if was == here:
             continue
-        is_kind = isinstance(was, list) and len(was) == 2 and isinstance(was[1], list)
+        is_kind = isinstance(was, list) and len(was) in (2, 3) and isinstance(was[1], list)
         require(is_kind, NO_CHECKPOINT)
+        if was[:2] == here[:2]:
+            orders = [("C order", "Fortran order")[kind[2:] == ["F"]] for kind in (here, was)]
+            refuse(
+                f"{label(i)} is in {orders[0]}, but was in {orders[1]} when this file was saved, and its "
+                "moments are stored in blocks of elements that are neighbours in memory"
+            )
         here_shape, shape = (f"({shown(s)[1:-1]}{',' * (len(s) == 1)})" for s in (here[1], was[1]))
         refuse(
             f"{label(i)} is {here[0]} of shape {here_shape}, but {was[0]!s:.40} of shape {shape} in the "

@@ -17,7 +17,17 @@ from fused_adam._checkpoint import Kinds
 
 Array: TypeAlias = npt.NDArray[Any]
 
-DTYPES: Final = {"int64": "I64", "float32": "F32", "float64": "F64"}  # as the safetensors format calls them
+# As the safetensors format calls them, which has no name for our codings of 8 bits.
+DTYPES: Final = {
+    "int64": "I64",
+    "float32": "F32",
+    "float64": "F64",
+    "bfloat16": "BF16",
+    "float8_e4m3": "U8",
+    "float8_e5m3": "U8",
+    "exponent": "U8",
+}
+_WIDTHS: Final = {"I64": 8, "F64": 8, "F32": 4, "BF16": 2, "U8": 1}
 
 
 class Table:
@@ -47,7 +57,7 @@ class Table:
         self._layouts = [kind[name][:2] for kind in layouts for name in self._streams]
         # A row for each parameter, a column for each stream.
         kind = np.add.outer(np.array(of_param, np.intp) * count, np.arange(count)).ravel()
-        width = np.array([np.dtype(dtype).itemsize for dtype, _ in self._layouts], np.intp)[kind]
+        width = np.array([_WIDTHS[DTYPES[dtype]] for dtype, _ in self._layouts], np.intp)[kind]
         arrays = list(chain.from_iterable(zip(*streams.values(), strict=True)))
         is_there = np.array([array is not None for array in arrays], np.bool_)
         self._is_there = is_there.reshape(len(of_param), count)
@@ -102,9 +112,16 @@ class Table:
 
 
 def params_text(kinds: Kinds) -> str:
-    """Dtype and shape of each parameter, as a JSON list."""
+    """Dtype and shape of each parameter, as a JSON list. And "F" where its state is stored in blocks of
+    elements that are neighbours in memory, and that is Fortran order.
+    """
     layouts, of_param = kinds
-    forms = [f'["{dtype}",[{_numbers(shape)}]]' for dtype, shape, _ in (kind["param"] for kind in layouts)]
+    forms = []
+    for kind in layouts:
+        dtype, shape, order = kind["param"]
+        in_blocks = len(shape) > 1 and len(kind["exp_avg"][1]) == 1
+        is_fortran = ',"F"' if in_blocks and order == "F" else ""
+        forms.append(f'["{dtype}",[{_numbers(shape)}]{is_fortran}]')
     return f"[{','.join(map(forms.__getitem__, of_param))}]"
 
 

@@ -12,7 +12,8 @@ class Option(NamedTuple):
     """An option of a parameter group."""
 
     name: str
-    # "number", "number or function", "number or None", "betas", "flag", "fraction or None", "eps mode"
+    # "number", "number or function", "number or None", "betas", "flag", "fraction or None", "eps mode",
+    # "state dtype", "seed"
     kind: str
     format: int  # of checkpoint files: the first one that knows it
     default: Any
@@ -37,6 +38,8 @@ LATER: Final = tuple(option.name for option in OPTIONS if option.format > 1)  # 
 # In a saved group whose rate was a function: how that was written. It is code, which no checkpoint holds.
 LR_SCHEDULE: Final = "lr_schedule"
 STATE: Final = tuple(stream.name for stream in STREAMS if stream.ours)
+# Without what only says how others are stored: the state in full precision.
+NUMBERS: Final = tuple(s.name for s in STREAMS if s.ours and s.elements_per_entry == 1)
 
 
 def options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -661,7 +661,7 @@ class Adam:
             saved = {
                 "trees": self._core.params(),
                 "members": self._core.members(),
-                "state": _checkpoint.copy_state(self._core),
+                "state": _checkpoint.stored_state(self._core),
                 "steps": self._core.steps,
                 "skipped_steps": self._core.skipped_steps,
             }
