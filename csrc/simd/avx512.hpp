@@ -102,8 +102,8 @@ inline F32x16 magnitude(F32x16 a) {
 }
 inline uint32_t largest_bits(F32x16 a) {
   const __m512i all = _mm512_castps_si512(a.v);
-  const __m256i upper = _mm512_maskz_extracti64x4_epi64(0xF, all, 1);
-  const __m256i eight = _mm256_max_epu32(_mm512_castsi512_si256(all), upper);
+  const __m256i eight = _mm256_max_epu32(_mm512_maskz_extracti32x8_epi32(0xFF, all, 0),
+                                         _mm512_maskz_extracti32x8_epi32(0xFF, all, 1));
   const __m128i four =
       _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   const __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
