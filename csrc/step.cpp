@@ -81,8 +81,10 @@ void StepPlan::add_array(const Streams& streams, int64_t size, const Storage& st
     element_end += arrays_.back().element_end;
   }
   const auto rule = static_cast<uint32_t>(rules_.size() - 1);
-  arrays_.push_back({streams, size, line_end, element_end, rule, number, storage.param, grad_dtype,
-                     storage.state, begins});
+  const bool coded =
+      is_coded(storage.param) || is_coded(grad_dtype) || storage.state != HyperParameters::kFull;
+  arrays_.push_back({&streams, size, line_end, element_end, rule, number, storage.param, grad_dtype,
+                     storage.state, begins, coded});
 }
 
 void StepPlan::end() {
@@ -129,35 +131,42 @@ void StepPlan::prepare_grads(double grad_norm) noexcept {
 
 // The streams from this element of param on.
 Streams StepPlan::piece_of(const ArrayUpdate& array, int64_t first) noexcept {
-  if (first == 0) return array.streams;
+  if (first == 0) return *array.streams;
   Streams piece = {};
   for (int i = 0; i < kStreams; ++i) {
-    if (array.streams.at[i] == nullptr) continue;
+    if (array.streams->at[i] == nullptr) continue;
     const auto stream = static_cast<Stream>(i);
     const int64_t offset = stream == kGrad ? first * size_of(array.grad_dtype)
                                            : bytes_of(stream, array.storage(), first);
-    piece.at[i] = static_cast<char*>(array.streams.at[i]) + offset;
+    piece.at[i] = static_cast<char*>(array.streams->at[i]) + offset;
   }
   return piece;
 }
 
 void StepPlan::run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                          int64_t last) const noexcept {
-  if (is_in_blocks(dtype_of(kExpAvg, array.storage()))) {
-    // Whoever has the first line of a block has all of it.
-    first = std::min((first + kBlock - 1) / kBlock * kBlock, array.size);
-    last = std::min((last + kBlock - 1) / kBlock * kBlock, array.size);
-  }
   const Rule& rule = rules_[array.rule];
-  const bool rounded_later = is_coded(array.dtype) && (rule.masters || rule.rounds_stochastically);
   // The rule alone needs no tiles.
-  if (rule.ema || rounded_later || rule.scales_grad[computed_in(array.dtype)] ||
-      wishes_.zero_grad) {
+  if (rule.ema || rule.scales_grad[computed_in(array.dtype)] || wishes_.zero_grad) {
+    run_tiles(array, table, first, last);
+  } else if (!array.coded) {
+    const Stage adam = table.adam[array.dtype][rule.l2][rule.amsgrad];
+    if (first == 0) return adam(*array.streams, last, rule.coefficients);
+    adam(piece_of(array, first), last - first, rule.coefficients);
+  } else if (is_coded(array.dtype) && (rule.masters || rule.rounds_stochastically)) {
     run_tiles(array, table, first, last);
   } else {
+    round_to_blocks(array, first, last);
     run_rule(array, table, piece_of(array, first), first, last - first, array.dtype,
              array.grad_dtype);
   }
+}
+
+// Whoever has the first line of a block has all of it.
+void StepPlan::round_to_blocks(const ArrayUpdate& array, int64_t& first, int64_t& last) noexcept {
+  if (!is_in_blocks(dtype_of(kExpAvg, array.storage()))) return;
+  first = std::min((first + kBlock - 1) / kBlock * kBlock, array.size);
+  last = std::min((last + kBlock - 1) / kBlock * kBlock, array.size);
 }
 
 void StepPlan::run_rule(const ArrayUpdate& array, const StageTable& table, const Streams& piece,
@@ -182,6 +191,7 @@ void StepPlan::run_tiles(const ArrayUpdate& array, const StageTable& table, int6
   const bool in_tile = coded && !rule.masters && (rule.ema || rule.rounds_stochastically);
   const bool scales = rule.scales_grad[computed];
   const auto begins = [&](Stream stream) { return (array.begins >> stream & 1u) != 0; };
+  round_to_blocks(array, first, last);
   Tile grad_tile, param_tile;
   for (int64_t begin = first; begin < last; begin += kTile) {
     const int64_t count = std::min(kTile, last - begin);
@@ -217,7 +227,7 @@ void StepPlan::encode_param(const ArrayUpdate& array, const StageTable& table, c
 
 void StepPlan::clear_grads(const StageTable& table, const Threads& threads) const noexcept {
   for_slices(arrays_, threads, [&](const ArrayUpdate& array, int64_t first, int64_t last) {
-    void* const grad = element_at(array.streams.at[kGrad], array.grad_dtype, first);
+    void* const grad = element_at(array.streams->at[kGrad], array.grad_dtype, first);
     clear(table, array.grad_dtype, grad, last - first);
   });
 }
@@ -282,7 +292,7 @@ void StepPlan::add_block(const StageTable& table, const GradCoefficientSet& grad
     int64_t first = at - (array->element_end - array->size);
     for (; at < last; at += step, first += step) {
       const int64_t count = std::min(step, last - at);
-      const void* elements = element_at(array->streams.at[kGrad], stored, first);
+      const void* elements = element_at(array->streams->at[kGrad], stored, first);
       elements = decoded(table, stored, elements, count, tile);
       if (scales) elements = scaled(table, computed, grad, elements, count, tile);
       table.add_squares[computed](elements, at - begin, count, lanes);

@@ -39,8 +39,9 @@ class StepPlan {
   // The arrays that are added next take this step, counted from 1, with these options.
   void set_rule(const HyperParameters& hyper, int64_t step);
 
-  // begins: the streams that begin as copies of param in this step, a bit for each. number: of the
-  // parameter, by which its stochastic rounding differs from that of others.
+  // streams: as long as the plan is used. begins: the streams that begin as copies of param in this
+  // step, a bit for each. number: of the parameter, by which its stochastic rounding differs from
+  // that of others.
   void add_array(const Streams& streams, int64_t size, const Storage& storage, DType grad_dtype,
                  unsigned begins = 0, uint32_t number = 0);
 
@@ -56,7 +57,7 @@ class StepPlan {
 
  private:
   struct ArrayUpdate {
-    Streams streams;
+    const Streams* streams;
     int64_t size;
     int64_t line_end;     // cache lines of param in this array and all before it
     int64_t element_end;  // elements, likewise
@@ -64,6 +65,7 @@ class StepPlan {
     DType dtype, grad_dtype;  // of param
     HyperParameters::StateDType state;
     unsigned begins;
+    bool coded;  // something of it is
 
     Storage storage() const { return {dtype, state}; }
   };
@@ -79,6 +81,7 @@ class StepPlan {
 
   void run_slice(const ArrayUpdate& array, const StageTable& table, int64_t first,
                  int64_t last) const noexcept;
+  static void round_to_blocks(const ArrayUpdate& array, int64_t& first, int64_t& last) noexcept;
   void run_tiles(const ArrayUpdate& array, const StageTable& table, int64_t first,
                  int64_t last) const noexcept;
   // piece: of the array from `first` on, with param and gradient as these types.

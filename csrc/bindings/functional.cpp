@@ -43,6 +43,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   Rates numbers = Rates::refused();
   const HyperParameters hyper = OptionReader().read(options, "", numbers);
   const double scale = read_grad_scale(grad_scale);
+  const unsigned wanted = wanted_streams(hyper);
   Streams streams = {};
   ArrayFacts param = {};
   DType grad_dtype = kFloat32;
@@ -51,7 +52,7 @@ StepReport adam_step(const std::string& isa, const Threads& threads, const py::d
   for (const StreamInfo& info : kStreamTable) {
     const py::object array = dict_item(arrays, py::str(info.name));
     if (info.option != nullptr && array.is_none()) {
-      if ((wanted_streams(hyper, param.dtype) >> info.stream & 1u) == 0) continue;
+      if ((streams_for(param.dtype, wanted) >> info.stream & 1u) == 0) continue;
       throw py::value_error(std::string(info.option) + " needs " + info.name + ".");
     }
     const Place name = {"", info.name, ""}, param_name = {"", "param", ""};

@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include <algorithm>
-#include <array>
 #include <exception>
 #include <iterator>
 #include <utility>
@@ -22,13 +21,6 @@ size_t slot_of(int64_t owner) { return static_cast<size_t>(owner / kStreams); }
 bool is_param(int64_t owner) { return owner % kStreams == kParam; }
 
 const char* role_of(int64_t owner) { return is_param(owner) ? "" : "the state of "; }
-
-// By the type of the param: once a group, and not for each of its arrays, which took 8 us of 1000.
-std::array<unsigned, kParamTypes> wanted_of_each(const HyperParameters& hyper) {
-  std::array<unsigned, kParamTypes> wanted;
-  for (size_t i = 0; i < kParamTypes; ++i) wanted[i] = wanted_streams(hyper, static_cast<DType>(i));
-  return wanted;
-}
 
 }  // namespace
 
@@ -74,7 +66,7 @@ void Optimizer::index_memory() {
 std::vector<unsigned> Optimizer::wanted_by_options() const {
   std::vector<unsigned> wanted;
   for (const Slot& slot : slots_) {
-    wanted.push_back(wanted_streams(hypers_[slot.group], slot.layout().dtype));
+    wanted.push_back(streams_for(slot.layout().dtype, wanted_streams(hypers_[slot.group])));
   }
   return wanted;
 }
@@ -159,14 +151,14 @@ bool Optimizer::check_and_plan(const StepWishes& wishes) {
   unsigned missing = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
-    const auto wanted = wanted_of_each(hypers_[g]);
+    const auto wanted = wanted_streams(hypers_[g]);
     int64_t step = -1;  // of the rule that was set last; most params share one
     for (size_t i = group.first; i < group.first + group.count; ++i) {
       if (grads_[i].is_none()) continue;
       Slot& slot = slots_[i];
       check_param(slot);
       check_grad(slot, grads_[i]);
-      const unsigned wanted_here = wanted[slot.layout().dtype];
+      const unsigned wanted_here = streams_for(slot.layout().dtype, wanted);
       missing |= slot.missing(wanted_here);
       if (slot.step + 1 != step) {
         step = slot.step + 1;
@@ -229,11 +221,11 @@ StepReport Optimizer::step(py::handle grads, py::handle param_groups, bool zero_
   steps_.store(steps_ + 1, std::memory_order_relaxed);  // only here, and in exclusive use
   for (size_t g = 0; g < groups_.size(); ++g) {
     const bool has_masters = hypers_[g].master_weights;
-    const auto wanted = wanted_of_each(hypers_[g]);
+    const auto wanted = wanted_streams(hypers_[g]);
     for (size_t i = groups_[g].first; i < groups_[g].first + groups_[g].count; ++i) {
       if (grads_[i].is_none()) continue;
       slots_[i].step += 1;
-      slots_[i].have_begun(wanted[slots_[i].layout().dtype]);
+      slots_[i].have_begun(streams_for(slots_[i].layout().dtype, wanted));
       // What a step has passed by would take the param back to where it was.
       if (!has_masters) slots_[i].set_values(kMasterParam, false);
     }

@@ -90,7 +90,7 @@ void Optimizer::add_tree(const py::object& param_groups, std::shared_ptr<const S
       slot_of[leaf] = added.size();
       const Place here = place_in(tree, "", leaf);
       added.emplace_back(params[i], here, hyper.state_dtype, number, trees_.size(), leaf);
-      wanted.push_back(wanted_streams(hyper, added.back().layout().dtype));
+      wanted.push_back(streams_for(added.back().layout().dtype, wanted_streams(hyper)));
       if (!frozen) {
         require_writeable(params[i], here,
                           "is to be updated in place. Use a.setflags(write=True).");
