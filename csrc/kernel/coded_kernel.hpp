@@ -8,7 +8,7 @@
 // There are two kernels for each coding of moments and not some hundred. One is for the usual step,
 // param and gradient alike, without L2 decay and amsgrad; in the other all of that is flags, whose
 // branches always go one way: 92 instructions for 8 elements (AVX2, bfloat16 moments), of the usual
-// one @@.
+// one 46.
 #pragma once
 
 #include "adam_kernel.hpp"

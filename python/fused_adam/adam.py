@@ -155,6 +155,18 @@ class Adam:
         different but have the same repr. A key of a group that is nearly the name of an option, as
         ``weigth_decay``; others are kept. A pattern of `no_decay` that no parameter matches.
 
+    Notes
+    -----
+    How moments are stored with a `state_dtype`. Of an element i in step t, r is a number from
+    ``reversed bits of (i % 128) ^ hash of (i // 128, t, moment)``: even over each block of 128, by chance over
+    steps. It is added to the bits of the float32 number below those that are kept, and the rest is cut off, so
+    that the mean of what is stored is the number. "bfloat16" keeps the upper 16 bits. In "float8" each block has
+    an exponent E, that of its largest number x (the next one where x is above 1.875 times its power of two).
+    What is kept is ``(bits - base + r) >> 20``, with r of 20 bits and ``base = max(E - 15, 0) << 23`` for the first
+    moment, without its sign, ``max(E - 31, 0) << 23`` for squares; it is 0 where that is negative, which decodes to
+    0 for the first moment and to the base for squares. The bits are not those of a step on float32 moments, and
+    the denominator is ``fma(sqrt(v), 1 / sqrt(1 - beta2**t), eps)``, with one rounding less.
+
     References
     ----------
     .. [1] D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015,
@@ -414,7 +426,7 @@ class Adam:
 
         ``opt.state["w"]`` is a dict with ``"step"``, an int, and live views ``"exp_avg"``,
         ``"exp_avg_sq"``, with amsgrad ``"max_exp_avg_sq"``, and with `ema_decay`, from the first step on,
-        ``"ema"``.
+        ``"ema"``. With a `state_dtype` the moments are read-only copies, decoded to float32 each time.
         """
         return self._state
 
@@ -496,7 +508,8 @@ class Adam:
         ----------
         state_dict : dict
             From :meth:`state_dict`, or from ``torch.optim.Adam`` or ``AdamW`` (CPU tensors or arrays).
-            The arrays are copied. A parameter without an entry starts afresh, and so does an average that it
+            The arrays are copied; where there is a `state_dtype`, they are encoded, which loses nothing of
+            what was encoded before. A parameter without an entry starts afresh, and so does an average that it
             does not have. An option that it does not have is the default from then on; other keys of the
             groups stay. A function for `lr` stays, too, and goes on where the saved one was; no checkpoint
             holds one.
@@ -551,7 +564,8 @@ class Adam:
         Notes
         -----
         It needs memory for some MiB and about 1 kB for each parameter, and the time to write what
-        :attr:`state` holds: 8 bytes for each float32 element, 4 more with amsgrad and with an average. Do not
+        :attr:`state` holds: 8 bytes for each float32 element, 4 more with amsgrad and with an average; with a
+        `state_dtype`, moments as they are stored, 4 bytes or 2.02. Do not
         write to the views of :attr:`state` meanwhile: what is written and what is hashed would differ, and
         the file would not load.
 
