@@ -172,6 +172,11 @@ class BlockCoder {
       store_with_nonfinite<Type>(codes_ + i, numbers, base, kNet20.at, word);
     }
   }
+  // The same, and all of it encoded at once.
+  FUSED_ADAM_INLINE void end(int64_t i, int64_t element) {
+    encode_block<F, Type>(scratch_ + (i & (2 * kBlock - 1)), codes_ + i, exponents_ + i / kBlock,
+                          element, dither_);
+  }
   // Some elements of the block that was finished last.
   FUSED_ADAM_INLINE void encode(int64_t i) {
     if (!is_finite_) return;
@@ -224,8 +229,10 @@ class Float8Moments {
     if (group_ends && i >= kBlock) encode(i + F::width - F::codes_at_once - kBlock);
   }
   FUSED_ADAM_INLINE void end(int64_t count) {
-    finish(count - kBlock);
-    for (int64_t i = count - kBlock; i < count; i += F::codes_at_once) encode(i);
+    const int64_t i = count - kBlock;
+    m_.end(i, first_ + i);
+    v_.end(i, first_ + i);
+    if (form_.amsgrad) v_max_.end(i, first_ + i);
   }
 
  private:

@@ -129,8 +129,8 @@ inline uint32_t base_of(uint32_t exponent) {
 // Of a block with an infinity, a NaN, or what is almost infinite; or where a square is negative,
 // which no step makes.
 template <class Type>
-void store_with_nonfinite(uint8_t* codes, const float* x, uint32_t base, const uint32_t* net,
-                          uint32_t word) {
+FUSED_ADAM_SELDOM void store_with_nonfinite(uint8_t* codes, const float* x, uint32_t base,
+                                            const uint32_t* net, uint32_t word) {
   constexpr int32_t kMost = Type::has_sign ? 127 : 255;
   for (int i = 0; i < kBlock; ++i) {
     uint32_t bits;
@@ -152,8 +152,8 @@ inline uint32_t exponent_for(uint32_t largest_bits) {
 }
 
 template <class F, class Type>
-inline void encode_block(const float* x, uint8_t* codes, uint8_t* exponent, int64_t first,
-                         uint32_t dither) {
+FUSED_ADAM_SELDOM void encode_block(const float* x, uint8_t* codes, uint8_t* exponent,
+                                    int64_t first, uint32_t dither) {
   F largest = Type::size(F::load(x));
   for (int i = F::width; i < kBlock; i += F::width) {
     largest = max_bits(largest, Type::size(F::load(x + i)));

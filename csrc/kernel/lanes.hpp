@@ -7,8 +7,10 @@
 // each vector, and keep in memory what it has in registers.
 #if defined(_MSC_VER)
 #define FUSED_ADAM_INLINE __forceinline
+#define FUSED_ADAM_SELDOM __declspec(noinline)
 #else
 #define FUSED_ADAM_INLINE inline __attribute__((always_inline))
+#define FUSED_ADAM_SELDOM __attribute__((noinline))
 #endif
 
 namespace fused_adam {

@@ -158,14 +158,15 @@ class Adam:
     Notes
     -----
     How moments are stored with a `state_dtype`. Of an element i in step t, r is a number from
-    ``reversed bits of (i % 128) ^ hash of (i // 128, t, moment)``: even over each block of 128, by chance over
-    steps. It is added to the bits of the float32 number below those that are kept, and the rest is cut off, so
-    that the mean of what is stored is the number. "bfloat16" keeps the upper 16 bits. In "float8" each block has
-    an exponent E, that of its largest number x (the next one where x is above 1.875 times its power of two).
-    What is kept is ``(bits - base + r) >> 20``, with r of 20 bits and ``base = max(E - 15, 0) << 23`` for the first
-    moment, without its sign, ``max(E - 31, 0) << 23`` for squares; it is 0 where that is negative, which decodes to
-    0 for the first moment and to the base for squares. The bits are not those of a step on float32 moments, and
-    the denominator is ``fma(sqrt(v), 1 / sqrt(1 - beta2**t), eps)``, with one rounding less.
+    ``reversed bits of (i % 128) ^ hash of (i // 128, t, moment)``: even over each block of 128, by chance
+    over steps. It is added to the bits of the float32 number below those that are kept, and the rest is cut
+    off, so that the mean of what is stored is the number. "bfloat16" keeps the upper 16 bits. In "float8"
+    each block has an exponent E, that of its largest number x (the next one where x is above 1.875 times its
+    power of two). What is kept is ``(bits - base + r) >> 20``, with r of 20 bits and ``base = max(E - 15, 0)
+    << 23`` for the first moment, without its sign, ``max(E - 31, 0) << 23`` for squares; it is 0 where that
+    is negative, which decodes to 0 for the first moment and to the base for squares. The bits are not those
+    of a step on float32 moments, and the denominator is ``fma(sqrt(v), 1 / sqrt(1 - beta2**t), eps)``, with
+    one rounding less.
 
     References
     ----------
@@ -509,8 +510,8 @@ class Adam:
         state_dict : dict
             From :meth:`state_dict`, or from ``torch.optim.Adam`` or ``AdamW`` (CPU tensors or arrays).
             The arrays are copied; where there is a `state_dtype`, they are encoded, which loses nothing of
-            what was encoded before. A parameter without an entry starts afresh, and so does an average that it
-            does not have. An option that it does not have is the default from then on; other keys of the
+            what was encoded before. A parameter without an entry starts afresh, and so does an average that
+            it does not have. An option that it does not have is the default from then on; other keys of the
             groups stay. A function for `lr` stays, too, and goes on where the saved one was; no checkpoint
             holds one.
         keep_lr : bool, default False
