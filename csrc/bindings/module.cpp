@@ -6,9 +6,11 @@
 #include "../cpu_limit.hpp"
 #include "../dispatch.hpp"
 #include "../parallel.hpp"
+#include "batch_step.hpp"
 #include "contexts.hpp"
 #include "fast_call.hpp"
 #include "functional.hpp"
+#include "moments.hpp"
 #include "optimizer.hpp"
 #include "structure.hpp"
 #include "text.hpp"
@@ -105,6 +107,11 @@ void bind(py::module_& m) {
       py::arg("isa"), py::arg("threads"), py::arg("options"), py::arg("step"), py::arg("arrays"),
       py::arg("zero_grad"), py::arg("grad_scale"), py::arg("allow_mixed"));
 
+  m.def("decode_moment", &decode_moment, py::arg("isa"), py::arg("name"), py::arg("codes"),
+        py::arg("exponents"));
+  m.def("encode_moment", &encode_moment, py::arg("isa"), py::arg("name"), py::arg("state_dtype"),
+        py::arg("numbers"), py::arg("step"));
+
   py::class_<Structure, std::shared_ptr<Structure>>(m, "Structure")
       .def(py::init<const py::object&>(), py::arg("params"))
       .def("__len__", &Structure::size)
@@ -152,6 +159,17 @@ void bind(py::module_& m) {
       .def("members", &Optimizer::members)
       .def("new_grads", &Optimizer::new_grads, py::arg("first_tree"))
       .def("averages", &Optimizer::averages, py::arg("param_groups"));
+
+  py::register_exception<LayoutError>(m, "LayoutError", PyExc_ValueError);
+  py::class_<BatchStep>(m, "BatchStep")
+      .def(py::init<const std::string&, const Threads&, const py::object&>(), py::arg("isa"),
+           py::arg("threads"), py::arg("tensor_type"))
+      .def(
+          "step",
+          [](BatchStep& batch, const py::list& groups, double grad_scale, bool allow_mixed) {
+            return report_for_python(batch.step(groups, grad_scale, allow_mixed));
+          },
+          py::arg("groups"), py::arg("grad_scale"), py::arg("allow_mixed"));
 
   py::class_<ExclusiveUse>(m, "ExclusiveUse")
       .def(py::init<py::object>(), py::arg("optimizer"))

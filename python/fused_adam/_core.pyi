@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
+import numpy as np
 import numpy.typing as npt
 
 __version__: str
@@ -30,8 +31,20 @@ def adam_step(
     grad_scale: float | None,
     allow_mixed: bool,
 ) -> tuple[bool, float] | None: ...
-
 @final
+def decode_moment(
+    isa: str, name: str, codes: npt.NDArray[Any], exponents: npt.NDArray[np.uint8] | None
+) -> npt.NDArray[np.float32]: ...
+def encode_moment(
+    isa: str, name: str, state_dtype: str, numbers: npt.NDArray[np.float32], step: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None]: ...
+
+class LayoutError(ValueError): ...
+
+class BatchStep:
+    def __init__(self, isa: str, threads: Threads, tensor_type: object) -> None: ...
+    def step(self, groups: list[Any], grad_scale: float, allow_mixed: bool) -> tuple[bool, float] | None: ...
+
 class Threads:
     def __init__(self, back_end: str, limit: int) -> None: ...
     @property

@@ -46,13 +46,19 @@ class DecayRule:
         self._unmatched = set(self._patterns)
         self._example = ""
 
+    @property
+    def is_needed(self) -> bool:
+        return self._predicate is not None or bool(self._patterns)
+
     def divided(self, structure: _core.Structure) -> list[tuple[bool, list[int]]]:
         """The leaves that decay (True), and then those that do not (False), where there are any."""
-        if self._predicate is None and not self._patterns:
+        if not self.is_needed:
             return [(True, list(range(len(structure))))]
         parts: dict[bool, list[int]] = {True: [], False: []}
         for leaf, (name, array) in enumerate(zip(structure.names, structure.leaves, strict=True)):
-            parts[not self._spares(name, array)].append(leaf)
+            # What is no array is refused later, by a message of its own.
+            is_asked = self._predicate is None or isinstance(array, np.ndarray)
+            parts[not (is_asked and self.spares(name, array))].append(leaf)
         return [(decays, leaves) for decays, leaves in parts.items() if leaves]
 
     def require_matches(self) -> None:
@@ -64,11 +70,11 @@ class DecayRule:
                     f"{self._example!r}; a pattern matches a whole name, or its end after a dot."
                 )
 
-    def _spares(self, name: str, array: Any) -> bool:
+    def spares(self, name: str, array: Any) -> bool:
+        """Is this one not to decay?"""
         self._example = self._example or name
         if self._predicate is not None:
-            # What is no array is refused later, by a message of its own.
-            answer = isinstance(array, np.ndarray) and self._predicate(name, array)
+            answer = self._predicate(name, array)
             if isinstance(answer, np.bool_):
                 answer = bool(answer)
             require_flag(f"no_decay({name!r}, ...)", answer)
