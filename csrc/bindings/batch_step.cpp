@@ -59,10 +59,10 @@ std::string BatchStep::name_of(int64_t owner) const {
 }
 
 // Messages of what it throws begin with the parameter's place; see plan_group.
-void BatchStep::plan_param(size_t index, const HyperParameters& hyper, unsigned wanted,
-                           const py::tuple& columns, bool allow_mixed, int64_t& planned_step) {
+void BatchStep::plan_param(size_t index, const Group& group, const HyperParameters& hyper,
+                           unsigned wanted, bool allow_mixed, int64_t& planned_step) {
   const auto item = [&](size_t column) {
-    const py::handle list = columns[column];
+    const py::handle list = group.columns[column];
     return list.is_none() ? py::object(py::none()) : sequence_item(list, index);
   };
   const py::object grad_object = item(kGrad);
@@ -129,15 +129,15 @@ void BatchStep::plan_param(size_t index, const HyperParameters& hyper, unsigned 
   grads_.push_back(grad.memory());
   streams_.push_back(streams);  // there is room: see step()
   plan_.add_array(streams_.back(), param.size, storage, grad.dtype, 0,
-                  static_cast<uint32_t>(first_ + index));
+                  group.first + static_cast<uint32_t>(index));
 }
 
-void BatchStep::plan_group(size_t group, const py::dict& options, const py::tuple& columns,
-                           bool allow_mixed) {
+void BatchStep::plan_group(size_t index, const Group& group, bool allow_mixed) {
+  const py::tuple& columns = group.columns;
   if (columns.size() != kStreams + 1) throw std::logic_error("columns of another table");
   Rates numbers = Rates::refused();
-  const std::string where = "param_groups[" + std::to_string(group) + "]";
-  const HyperParameters hyper = options_.read(options, where, numbers);
+  const std::string where = "param_groups[" + std::to_string(index) + "]";
+  const HyperParameters hyper = options_.read(group.options, where, numbers);
   const unsigned wanted = wanted_streams(hyper);
   const size_t count = sequence_size(columns[kParam]);
   for (const py::handle& column : columns) {
@@ -148,13 +148,13 @@ void BatchStep::plan_group(size_t group, const py::dict& options, const py::tupl
   int64_t planned_step = -1;
   for (size_t i = 0; i < count; ++i) {
     places_.resize(streams_.size());
-    places_.emplace_back(group, i);
+    places_.emplace_back(index, i);
     // Rendered only where something is wrong: a text for each took as long as all else.
     const auto here = [&](const std::exception& error) {
-      return path_of(group, i) + ": " + error.what();
+      return path_of(index, i) + ": " + error.what();
     };
     try {
-      plan_param(i, hyper, wanted, columns, allow_mixed, planned_step);
+      plan_param(i, group, hyper, wanted, allow_mixed, planned_step);
     } catch (const LayoutError& error) {
       throw LayoutError(here(error));
     } catch (const py::value_error& error) {
@@ -164,7 +164,6 @@ void BatchStep::plan_group(size_t group, const py::dict& options, const py::tupl
     }
   }
   places_.resize(streams_.size());
-  first_ += count;
 }
 
 void BatchStep::check_overlaps() {
@@ -195,19 +194,19 @@ StepReport BatchStep::step(const py::list& groups, double grad_scale, bool allow
   StepWishes wishes;
   wishes.grad_scale = grad_scale;
   size_t params = 0;
-  std::vector<std::pair<py::dict, py::tuple>> all;
+  std::vector<Group> all;
   for (const py::handle& entry : groups) {
-    const auto pair = entry.cast<py::tuple>();
-    all.emplace_back(pair[0].cast<py::dict>(), pair[1].cast<py::tuple>());
-    params += sequence_size(all.back().second[kParam]);
+    const auto group = entry.cast<py::tuple>();
+    all.push_back(
+        {group[0].cast<py::dict>(), group[1].cast<py::tuple>(), group[2].cast<uint32_t>()});
+    params += sequence_size(all.back().columns[kParam]);
     Rates numbers = Rates::refused();
-    wishes.add(options_.read(all.back().first,
-                             "param_groups[" + std::to_string(all.size() - 1) + "]", numbers));
+    const std::string where = "param_groups[" + std::to_string(all.size() - 1) + "]";
+    wishes.add(options_.read(all.back().options, where, numbers));
   }
   streams_.reserve(params);  // plans point at them
-  first_ = 0;
   plan_.begin(wishes);
-  for (size_t g = 0; g < all.size(); ++g) plan_group(g, all[g].first, all[g].second, allow_mixed);
+  for (size_t g = 0; g < all.size(); ++g) plan_group(g, all[g], allow_mixed);
   plan_.end();
   check_overlaps();
   const WithoutGil no_gil;

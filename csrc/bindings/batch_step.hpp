@@ -22,9 +22,9 @@ class BatchStep {
   // tensor_type: see TensorReader.
   BatchStep(const std::string& isa, const Threads& threads, const py::object& tensor_type);
 
-  // groups: a list of (options, columns) for each group; columns: a tuple with a list, or None, for
-  // each stream of the table, and the step counts at its end. A parameter whose gradient is None is
-  // left out. Nothing is written where anything is wrong.
+  // groups: a list of (options, columns, number) for each group; columns: a tuple with a list, or
+  // None, for each stream of the table, and the step counts at its end; number: of its first
+  // parameter. One whose gradient is None is left out. Nothing is written where anything is wrong.
   StepReport step(const py::list& groups, double grad_scale, bool allow_mixed);
 
  private:
@@ -40,10 +40,14 @@ class BatchStep {
   };
   class Scope;
 
-  void plan_group(size_t group, const py::dict& options, const py::tuple& columns,
-                  bool allow_mixed);
-  void plan_param(size_t index, const HyperParameters& hyper, unsigned wanted,
-                  const py::tuple& columns, bool allow_mixed, int64_t& planned_step);
+  struct Group {
+    py::dict options;
+    py::tuple columns;
+    uint32_t first;
+  };
+  void plan_group(size_t index, const Group& group, bool allow_mixed);
+  void plan_param(size_t index, const Group& group, const HyperParameters& hyper, unsigned wanted,
+                  bool allow_mixed, int64_t& planned_step);
   void check_overlaps();
   std::string name_of(int64_t owner) const;
 
@@ -60,7 +64,6 @@ class BatchStep {
   std::vector<size_t> hints_;
   WrittenMemory memory_;
   std::vector<std::pair<size_t, size_t>> places_;  // group and index of each that takes part
-  size_t first_ = 0;                               // parameters in the groups before
 };
 
 }  // namespace fused_adam

@@ -31,7 +31,6 @@ def adam_step(
     grad_scale: float | None,
     allow_mixed: bool,
 ) -> tuple[bool, float] | None: ...
-@final
 def decode_moment(
     isa: str, name: str, codes: npt.NDArray[Any], exponents: npt.NDArray[np.uint8] | None
 ) -> npt.NDArray[np.float32]: ...
@@ -41,10 +40,12 @@ def encode_moment(
 
 class LayoutError(ValueError): ...
 
+@final
 class BatchStep:
     def __init__(self, isa: str, threads: Threads, tensor_type: object) -> None: ...
     def step(self, groups: list[Any], grad_scale: float, allow_mixed: bool) -> tuple[bool, float] | None: ...
 
+@final
 class Threads:
     def __init__(self, back_end: str, limit: int) -> None: ...
     @property

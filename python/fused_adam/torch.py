@@ -8,7 +8,9 @@ replaced is the step. It needs PyTorch, which the rest of the package does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -38,16 +40,19 @@ class _FusedStep(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler sets grad_scale and found_inf for a step
     _own: dict[str, Any]  # options of ours that a group begins with
+    _step_info: StepInfo = PLAIN_STEP
+    _skipped_steps: int = 0
+    _batch: _core.BatchStep | None = None
 
     @property
     def step_info(self) -> StepInfo:
         """Of the last step: whether it was skipped, and the norm of its gradients if that was measured."""
-        return self.__dict__.get("_step_info", PLAIN_STEP)
+        return self._step_info
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out, as gradients were not finite, since this optimizer was made."""
-        return self.__dict__.get("_skipped_steps", 0)
+        return self._skipped_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters: a dict as in :meth:`torch.optim.Optimizer.add_param_group`."""
@@ -62,7 +67,7 @@ class _FusedStep(torch.optim.Optimizer):
             _refuse_modes(self.param_groups[-1], where)
         rule.require_matches()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
 
         Parameters
@@ -83,6 +88,7 @@ class _FusedStep(torch.optim.Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             self._step_info = StepInfo(skipped=True, grad_norm=None)
+            self._skipped_steps = self.skipped_steps + 1
             return loss
         with torch.no_grad():
             scale = 1.0 if grad_scale is None else float(grad_scale)
@@ -91,24 +97,69 @@ class _FusedStep(torch.optim.Optimizer):
         self._skipped_steps = self.skipped_steps + info.skipped
         return loss
 
+    @contextmanager
+    def step_in_backward(self) -> Iterator[None]:
+        """Update each parameter as soon as ``backward()`` has its gradient, and free the gradient.
+
+        ``with optimizer.step_in_backward(): loss.backward()``: gradients never stand in memory all at once.
+        The bits are those of a step after the backward. One backward is one step: no accumulation of
+        gradients, and no ``grad_scale``.
+
+        Raises
+        ------
+        RuntimeError
+            A group has `max_norm` or `skip_nonfinite`, which need all gradients first.
+        """
+        for i, group in enumerate(self.param_groups):
+            for key in ("max_norm", "skip_nonfinite"):
+                if group[key] not in (None, False):
+                    raise RuntimeError(
+                        f"param_groups[{i}] has {key}, which needs all gradients before the first parameter "
+                        "is updated: step_in_backward() cannot have that."
+                    )
+        hooks = []
+        number = 0
+        try:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.requires_grad:
+                        hook = partial(self._update_one, group, number)
+                        hooks.append(param.register_post_accumulate_grad_hook(hook))
+                    number += 1
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _update_one(self, group: dict[str, Any], number: int, param: torch.Tensor) -> None:
+        with torch.no_grad():
+            self._run([({**group, "params": [param]}, number)], 1.0)
+        param.grad = None
+
     def _update(self, grad_scale: float) -> StepInfo:
         groups = []
-        written: list[torch.Tensor] = []
+        number = 0
         for i, group in enumerate(self.param_groups):
             _refuse_modes(group, f"param_groups[{i}]")
-            columns = self._columns(group, written)
-            groups.append((group, columns))
-        batch = self.__dict__.get("_batch")
-        if batch is None:
+            groups.append((group, number))
+            number += len(group["params"])
+        return self._run(groups, grad_scale)
+
+    def _run(self, numbered: list[tuple[dict[str, Any], int]], grad_scale: float) -> StepInfo:
+        """A step of groups, each with the number of its first parameter among all."""
+        written: list[torch.Tensor] = []
+        groups = [(group, self._columns(group, written), number) for group, number in numbered]
+        if self._batch is None:
             threads = _config.threads(self.defaults.get("num_threads"))
-            batch = self._batch = _core.BatchStep(_config.ISA, threads, torch.Tensor if _HAS_TABLE else None)
+            self._batch = _core.BatchStep(_config.ISA, threads, torch.Tensor if _HAS_TABLE else None)
         try:
-            report = batch.step(groups, grad_scale, True)
+            report = self._batch.step(_readable(groups), grad_scale, True)
         except _core.LayoutError:
-            report = self._step_of_copies(batch, groups, grad_scale)
-        if written:
+            report = self._step_of_copies(self._batch, groups, grad_scale)
+        info = PLAIN_STEP if report is None else StepInfo(*report)
+        if written and not info.skipped:
             torch.autograd.graph.increment_version(written)
-        return PLAIN_STEP if report is None else StepInfo(*report)
+        return info
 
     def _columns(self, group: dict[str, Any], written: list[torch.Tensor]) -> tuple[Any, ...]:
         """Parameters, gradients, their state and step counts, in the order of the table of streams."""
@@ -161,7 +212,7 @@ class _FusedStep(torch.optim.Optimizer):
         """Where something does not lie in memory as its parameter does: copies that do."""
         as_params: list[tuple[torch.Tensor, torch.Tensor]] = []  # a parameter, and what takes its place
         copied = []
-        for group, (params, grads, *columns) in groups:
+        for group, (params, grads, *columns), number in groups:
             states, counts = columns[:-1], columns[-1]
             new_params, new_grads = list(params), list(grads)
             new_states = [None if column is None else list(column) for column in states]
@@ -179,8 +230,8 @@ class _FusedStep(torch.optim.Optimizer):
                     if column is None or column[i] is None or column[i].shape != param.shape:
                         continue
                     column[i] = self.state[param][stream.name] = _lying_as(dense, column[i])
-            copied.append((group, (new_params, new_grads, *new_states, counts)))
-        report = batch.step(copied, grad_scale, True)
+            copied.append((group, (new_params, new_grads, *new_states, counts), number))
+        report = batch.step(_readable(copied), grad_scale, True)
         for param, dense in as_params:
             param.copy_(dense)
         return report
@@ -206,8 +257,8 @@ class _FusedStep(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From :meth:`state_dict`, or that of ``torch.optim.Adam`` or ``AdamW``. Copies all tensors.
 
-        How moments are stored stays as it is here, and so do options that PyTorch has not where the checkpoint
-        does not say.
+        How moments are stored stays as it is here, and so do options that PyTorch has not where the
+        checkpoint does not say.
         """
         kept = [{key: group[key] for key in _OWN if key in group} for group in self.param_groups]
         seen: list[dict[str, Any]] = []  # after all other hooks
@@ -375,7 +426,7 @@ def _groups_by(params: Any, no_decay: NoDecay | None) -> Any:
     rule = DecayRule(no_decay)
     if not rule.is_needed:
         return params
-    given = [params] if isinstance(params, torch.Tensor) else list(params)
+    given: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     divided = [
         part for group in groups for part in ([group] if "no_decay" in group else _divided(group, rule))
@@ -400,6 +451,32 @@ def _divided(group: dict[str, Any], rule: DecayRule) -> list[dict[str, Any]]:
     if parts[False]:
         divided.append({**group, "params": parts[False], "weight_decay": 0.0})
     return divided
+
+
+def _readable(groups: list[Any]) -> list[Any]:
+    """As the core takes them: tensors; or arrays that share their memory, for a PyTorch without the table."""
+    if _HAS_TABLE:
+        return groups
+    return [
+        (group, tuple(None if column is None else list(map(_as_array, column)) for column in columns), number)
+        for group, columns, number in groups
+    ]
+
+
+def _as_array(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    try:
+        array = tensor.detach().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise type(error)(f"a tensor of {tensor.dtype} on {tensor.device} has no array: {error}") from None
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise _core.LayoutError("a tensor is not one block of memory.")
+    return array
 
 
 def _stored(group: Mapping[str, Any], computed: torch.dtype) -> torch.dtype:
