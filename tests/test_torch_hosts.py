@@ -1,4 +1,4 @@
-"""fused_adam.torch in programs of others: many processes, Trainer and accelerate of Hugging Face, torch.compile."""
+"""fused_adam.torch in programs of others: many processes, Hugging Face, torch.compile."""
 
 from __future__ import annotations
 
