@@ -190,6 +190,39 @@ def optimizer(log: Log, isa: str) -> None:
                 second.assert_clean(grad, placement[1])
 
 
+def stored_moments(log: Log, isa: str) -> None:
+    """Moments in fewer bytes, and their exponents: kernels of blocks, whose last one is not whole."""
+    from test_stored_moments import Moment, Scene, scene
+
+    sizes = (1, 15, 17, 31, 33, 127, 128, 129, 255, 300, 513, 1001)
+    for state_dtype, dtype in itertools.product(("bfloat16", "float8"), (np.float32, *CODED)):
+        for size, form, placement in itertools.product(sizes, FORMS, PLACEMENTS[:2]):
+            log(f"{state_dtype}, {np.dtype(dtype).name}, {size} elements, {form}, placed {placement}")
+            start = scene(size, dtype, state_dtype)
+            options = {**OPTIONS[form], "state_dtype": state_dtype}
+            expected = start.copy()
+            expected.step(options, 3, isa)
+            pieces: list[tuple[Region, np.ndarray]] = []
+
+            def put(array: np.ndarray | None, placement: str = placement) -> np.ndarray | None:
+                if array is None:
+                    return None
+                region = Region(array)
+                pieces.append((region, region.place(array, placement)))  # noqa: B023
+                return pieces[-1][1]  # noqa: B023
+
+            arrays = Scene(
+                *(Moment(*map(put, one)) if isinstance(one, Moment) else put(one) for one in start)
+            )
+            arrays.step(options, 3, isa)
+            for found, wanted in zip(arrays, expected, strict=True):
+                pairs = zip(found, wanted, strict=True) if isinstance(found, Moment) else [(found, wanted)]
+                for a, b in pairs:
+                    assert a is None or a.tobytes() == b.tobytes()
+            for region, array in pieces:
+                region.assert_clean(array, placement)
+
+
 def one_too_far(log: Log, isa: str) -> None:
     """Not an array that anybody could have: its last element lies in the page without access."""
     arrays = random_arrays(2 * WIDTH, np.float32)
@@ -236,7 +269,7 @@ def run(isa: str, folder: Path, *functions: str) -> tuple[str, str]:
 
 @each_isa
 def test_stays_inside(isa: str, tmp_path: Path) -> None:
-    functions = (small, whole_pages, several_threads, no_more_than_needed, optimizer)
+    functions = (small, whole_pages, several_threads, no_more_than_needed, optimizer, stored_moments)
     end, case = run(isa, tmp_path, *(function.__name__ for function in functions))
     assert end == "done", f"{isa}, {case}: {end}"
 
