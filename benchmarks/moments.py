@@ -52,12 +52,20 @@ def dithered_over_steps(bits: Bits, cut: int, step: int, moment: int) -> Bits:
 
 
 def net(shape: tuple[int, ...], words: npt.NDArray[np.uint64], cut: int) -> Bits:
-    of_block = np.array([reversed_bits(i, 32) for i in range(shape[1])], np.uint64)
+    of_block = np.array([sobol(i) for i in range(shape[1])], np.uint64)
     return ((of_block ^ words[:, None]) >> (32 - cut)).astype(np.int32)
 
 
 def counting(count: int) -> npt.NDArray[np.uint64]:
     return np.arange(count, dtype=np.uint64)
+
+
+def sobol(i: int) -> int:
+    """The second of Sobol's sequences, in 32 bits."""
+    bits, v = 0, 1 << 31
+    while i:
+        bits, v, i = bits ^ (v if i & 1 else 0), v ^ v >> 1, i >> 1
+    return bits
 
 
 def reversed_bits(x: int, width: int) -> int:

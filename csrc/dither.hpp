@@ -2,11 +2,15 @@
 // element, step and key, and no state. Whoever computes an element, in whatever order, gets its
 // own.
 //
-//   number = reversed bits of (element % 128)  ^  hash of (element / 128), step and key
+//   number = net of (element % 128)  ^  hash of (element / 128), step and key
 //
 // and of it as many bits as are needed, from the top. So the numbers of a block are a shuffled net:
 // each 128th of their range has one of them, and sums over elements stay closer to what they should
-// be than by chance. Over the steps of an element they are as by chance.
+// be than by chance, of neighbours (0.11 of chance) as of columns of 2 to 64. (Reversed bits, the
+// usual net, have almost the same number in elements that are a power of two apart: sums of columns
+// were up to 5 times as far off as by chance.) Of 3 columns it is 2.2 times chance. Over the steps
+// of an element they are as by chance. Moments of all parameters share theirs, so that a step does
+// not depend on how they are numbered.
 //
 // A net over steps, too, made a drift: what has not been rounded down for long is due then, and it
 // is what is too large. Second moments that fell for 2500 steps without gradients were 14 % too low
@@ -28,9 +32,10 @@ constexpr uint32_t hash32(uint32_t x) {
   return x ^ x >> 16;
 }
 
-constexpr uint32_t reversed(uint32_t x) {
+// The second of Sobol's sequences: Pascal's triangle, odd and even.
+constexpr uint32_t net_of(uint32_t i) {
   uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= (x >> i & 1u) << (31 - i);
+  for (uint32_t v = uint32_t{1} << 31; i != 0; i >>= 1, v ^= v >> 1) bits ^= (i & 1u) != 0 ? v : 0;
   return bits;
 }
 

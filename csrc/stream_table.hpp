@@ -41,9 +41,6 @@ constexpr bool with_masters(const HyperParameters& hyper) { return hyper.master_
 constexpr bool with_scales(const HyperParameters& hyper) {
   return hyper.state_dtype == HyperParameters::kStateFloat8;
 }
-constexpr bool with_scales_and_amsgrad(const HyperParameters& hyper) {
-  return with_scales(hyper) && hyper.amsgrad;
-}
 
 // clang-format off
 constexpr StreamInfo kStreamTable[kStreams] = {
@@ -56,8 +53,6 @@ constexpr StreamInfo kStreamTable[kStreams] = {
     {kMasterParam,      "master_param",         Access::kUpdated, Initial::kCopyOfParam, 1,      1536, 2, "master_weights", with_masters, true},
     {kExpAvgScale,      "exp_avg_scale",        Access::kUpdated, Initial::kZeros,       kBlock, 3584, 2, "state_dtype",    with_scales,  false},
     {kExpAvgSqScale,    "exp_avg_sq_scale",     Access::kUpdated, Initial::kZeros,       kBlock,  256, 2, "state_dtype",    with_scales,  false},
-    {kMaxExpAvgSqScale, "max_exp_avg_sq_scale", Access::kUpdated, Initial::kZeros,       kBlock,  768, 2, "state_dtype",
-     with_scales_and_amsgrad, false},
 };
 // clang-format on
 
@@ -173,7 +168,6 @@ constexpr DType dtype_of(Stream stream, const Storage& storage) {
       return moment_dtype(storage, kE5M3);
     case kExpAvgScale:
     case kExpAvgSqScale:
-    case kMaxExpAvgSqScale:
       return kExponent;
     case kGrad:  // what is added up in 16 bits over many micro-batches stands still
     case kEma:   // likewise
@@ -183,15 +177,14 @@ constexpr DType dtype_of(Stream stream, const Storage& storage) {
   return storage.param;
 }
 
-// Of a moment that is in blocks: the stream of their exponents.
+// Of a moment that is in blocks (the largest one never is: see options.cpp): the stream of their
+// exponents.
 constexpr Stream scale_of(Stream moment) {
   switch (moment) {
     case kExpAvg:
       return kExpAvgScale;
     case kExpAvgSq:
       return kExpAvgSqScale;
-    case kMaxExpAvgSq:
-      return kMaxExpAvgSqScale;
     default:
       return moment;
   }

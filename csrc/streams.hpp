@@ -14,10 +14,9 @@ enum Stream {
   kEma,
   kMasterParam,
   kExpAvgScale,
-  kExpAvgSqScale,
-  kMaxExpAvgSqScale
+  kExpAvgSqScale
 };
-constexpr int kStreams = kMaxExpAvgSqScale + 1;
+constexpr int kStreams = kExpAvgSqScale + 1;
 
 // The running averages, from kExpAvg on.
 constexpr int kMoments = 3;

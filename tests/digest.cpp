@@ -140,48 +140,48 @@ const Row kCodedRows[] = {
      true},
     {"stochastic rounding",
      [](HyperParameters& h) { h.stochastic_rounding = true, h.seed = 0x123456789AB; },
-     {0xB7B046F1D8C06CD8, 0xF1862FAB364B6F74}},
+     {0x2ECFFDAAC9C75AB6, 0xB318309438C49450}},
     {"stochastic rounding, ema begins, zero_grad",
      [](HyperParameters& h) { h.stochastic_rounding = true, h.ema_decay = 0.9; },
-     {0xD92415D6FC2E9A43, 0xA4C19B45A9A42130},
+     {0xB421211B4D2907F8, 0x8EDD3C27992F157C},
      true,
      true},
 };
 
 // Of moments in bfloat16 and in 8 bits.
 const Row kStateRows[] = {
-    {"moments", [](HyperParameters&) {}, {0x28F0CD8ECBD26539, 0x49F4467C075702D3}},
+    {"moments", [](HyperParameters&) {}, {0x7739E4C344484D2D, 0x24750EBFC7F28858}},
     {"moments, l2, amsgrad",
      [](HyperParameters& h) { h.weight_decay = 0.01, h.amsgrad = true; },
-     {0xDCB25F32AF3B002B, 0xE653E95BB768E833}},
+     {0x020E33950C4D4D97, 0xCDF32EB95720F346}},
     {"moments, from grad, eps in the root, decoupled",
      [](HyperParameters& h) {
        h.beta1 = 0.3, h.eps_mode = h.kRoot, h.weight_decay = 0.01, h.decoupled_weight_decay = true;
      },
-     {0xBB88A396675B365C, 0xAC5765979D090198}},
+     {0x78137778EF90B9E0, 0x3F34F42AC71CA9C9}},
     {"moments, ema begins, max_norm, grad_scale 1024, zero_grad",
      [](HyperParameters& h) { h.max_norm = 3.0, h.ema_decay = 0.9; },
-     {0x769AB7918D129B6D, 0x25122E3E5D0FE8A0},
+     {0xCC3C284A833F9C91, 0x77B790C899D9123F},
      true,
      true,
      1024.0},
     {"moments of bfloat16",
      [](HyperParameters&) {},
-     {0xB29906236C69EFAE, 0x2AD779F661BA9470},
+     {0xD7DDDAC05B0D1974, 0xD82C920CC7026C65},
      false,
      false,
      1.0,
      kBFloat16},
     {"moments of float16, amsgrad, stochastic rounding",
      [](HyperParameters& h) { h.amsgrad = h.stochastic_rounding = true; },
-     {0x18E4AA17240628F5, 0x008093B30E23223D},
+     {0x4A0D347CF554692E, 0x92C461CE534D1B8F},
      false,
      false,
      1.0,
      kFloat16},
     {"moments of bfloat16, master weights begin, l2",
      [](HyperParameters& h) { h.master_weights = true, h.weight_decay = 0.01; },
-     {0x74A2760953ED12AD, 0x91068055047B00A7},
+     {0xA2BE694E271D2E45, 0x6EC6C3875EF7FF69},
      false,
      true,
      1.0,
@@ -252,6 +252,7 @@ uint64_t digest(const StageTable& stages, DType dtype, const Row& row, int threa
   HyperParameters hyper;
   row.set(hyper);
   hyper.state_dtype = state;
+  if (state == HyperParameters::kStateFloat8) hyper.amsgrad = false;  // which has no such moment
   Random random;
   Digest result;
   for (int64_t round = 0; round <= 200; ++round) {

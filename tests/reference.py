@@ -269,14 +269,18 @@ def hash32(x):
         return x ^ x >> 16
 
 
-def reversed_bits(x):
-    return u32(int(f"{int(x):032b}"[::-1], 2))
+def net_of(i):
+    """The second of Sobol's sequences."""
+    bits, v = 0, 1 << 31
+    while i:
+        bits, v, i = bits ^ (v if i & 1 else 0), v ^ v >> 1, i >> 1
+    return u32(bits)
 
 
 def dither(count, bits, key, step):
     """What is added to the bits of each element that are cut off: so many."""
     of_step = hash32((int(hash32(u32(step >> 32) ^ key)) + step) & 0xFFFFFFFF)
-    net = np.array([reversed_bits(i) for i in range(BLOCK)])
+    net = np.array([net_of(i) for i in range(BLOCK)])
     i = np.arange(count)
     return (net[i % BLOCK] ^ hash32(u32(i // BLOCK) ^ of_step)) >> (32 - bits)
 
@@ -304,8 +308,13 @@ def stochastically_rounded(array, stored, key, step):
         size, small = bits & 0x7FFFFFFF, (bits & 0x7FFFFFFF) < 0x38800000
         with np.errstate(all="ignore"):
             normal = (size + (added >> 3) & ~np.uint32(0x1FFF)).view(np.float32)
-            units = size.view(np.float32) * np.float32(2**24) + added.astype(np.float32) * np.float32(2**-16)
-            rounded = np.where(small, np.floor(units) * np.float32(2**-24), normal)
+            units, more = (
+                size.view(np.float32) * np.float32(2**24),
+                added.astype(np.float32) * np.float32(2**-16),
+            )
+            whole = np.floor(units)
+            whole = whole + np.floor((units - whole) + more)
+            rounded = np.where(small, whole * np.float32(2**-24), normal)
             rounded = np.where(rounded > 65504, np.float32(np.inf), rounded)
             rounded = np.where(bits >> 31, -rounded, rounded)
     rounded = np.where(np.isnan(bits.view(np.float32)), np.float32(np.nan), rounded)

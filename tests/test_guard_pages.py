@@ -192,14 +192,14 @@ def optimizer(log: Log, isa: str) -> None:
 
 def stored_moments(log: Log, isa: str) -> None:
     """Moments in fewer bytes, and their exponents: kernels of blocks, whose last one is not whole."""
-    from test_stored_moments import Moment, Scene, scene
+    from test_stored_moments import Moment, Scene, options_for, scene
 
     sizes = (1, 15, 17, 31, 33, 127, 128, 129, 255, 300, 513, 1001)
     for state_dtype, dtype in itertools.product(("bfloat16", "float8"), (np.float32, *CODED)):
         for size, form, placement in itertools.product(sizes, FORMS, PLACEMENTS[:2]):
             log(f"{state_dtype}, {np.dtype(dtype).name}, {size} elements, {form}, placed {placement}")
             start = scene(size, dtype, state_dtype)
-            options = {**OPTIONS[form], "state_dtype": state_dtype}
+            options = options_for(form, state_dtype)
             expected = start.copy()
             expected.step(options, 3, isa)
             pieces: list[tuple[Region, np.ndarray]] = []

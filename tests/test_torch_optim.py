@@ -448,7 +448,7 @@ def test_16_bits(dtype: Any) -> None:
         {"master_weights": True},
         {"stochastic_rounding": True, "seed": 5},
         {"state_dtype": "bfloat16"},
-        {"state_dtype": "float8", "amsgrad": True},
+        {"state_dtype": "float8"},
     ):
         a, _ = pair_of_params(dtype)
         arrays = [p.detach().float().numpy().astype(stored) for p in a]

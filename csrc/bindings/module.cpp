@@ -140,6 +140,7 @@ void bind(py::module_& m) {
       .def_property_readonly("groups", &Optimizer::groups)
       .def_property_readonly("names", &Optimizer::names)
       .def_property_readonly("sizes", &Optimizer::sizes)
+      .def_property_readonly("state_dtypes", &Optimizer::state_dtypes)
       .def_property_readonly("steps", &Optimizer::steps)
       .def_property("skipped_steps", &Optimizer::skipped_steps, &Optimizer::set_skipped_steps)
       .def("add_tree", &Optimizer::add_tree, py::arg("param_groups"), py::arg("structure"),

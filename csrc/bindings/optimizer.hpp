@@ -40,10 +40,10 @@ class Optimizer {
 
   // ValueError or TypeError where param_groups has not the groups that were added, with their
   // params. Needs exclusive use.
-  void check_groups(py::handle param_groups) const {
-    std::vector<py::dict> dicts;
-    groups_in(param_groups, dicts);
-  }
+  // Or where one says that its moments are stored in another way than they are.
+  void check_groups(py::handle param_groups) const;
+  // How they are stored: None or a text for each group.
+  py::list state_dtypes() const;
 
   // One step. grads is like params or, if grouped(), a sequence with an entry for each tree.
   // overrides: for this step, in the place of the options of all groups.
@@ -140,6 +140,7 @@ class Optimizer {
   void index_memory();
   // Appends the checked dicts of param_groups.
   void groups_in(py::handle param_groups, std::vector<py::dict>& dicts) const;
+  [[noreturn]] void refuse_state_dtype(size_t group) const;
   // The checked dicts and their options into dicts_ and hypers_.
   void read_groups(py::handle param_groups, Rates rates);
   // Arrays in the structure of the parameters, one for each slot.

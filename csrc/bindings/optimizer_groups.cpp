@@ -155,17 +155,41 @@ void Optimizer::groups_in(py::handle param_groups, std::vector<py::dict>& dicts)
   }
 }
 
+void Optimizer::check_groups(py::handle param_groups) const {
+  std::vector<py::dict> dicts;
+  groups_in(param_groups, dicts);
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    if (!reader_.has_state_dtype(dicts[i], groups_[i].name, groups_[i].state)) {
+      refuse_state_dtype(i);
+    }
+  }
+}
+
+py::list Optimizer::state_dtypes() const {
+  py::list names;
+  for (const Group& group : groups_) {
+    const char* const name = state_dtype_name(group.state);
+    names.append(name == nullptr ? py::object(py::none()) : py::str(name));
+  }
+  return names;
+}
+
+void Optimizer::refuse_state_dtype(size_t group) const {
+  const char* const name = state_dtype_name(groups_[group].state);
+  const std::string stored = name == nullptr ? "None" : "'" + std::string(name) + "'";
+  throw py::value_error(groups_[group].name + "['state_dtype'] was changed from " + stored +
+                        ", but how moments are stored is fixed when a group is made. Set it back, "
+                        "make a new optimizer with the other one, and let that load the "
+                        "state_dict() of this one.");
+}
+
 void Optimizer::read_groups(py::handle param_groups, Rates rates) {
   dicts_.clear();
   hypers_.clear();
   groups_in(param_groups, dicts_);
   for (size_t i = 0; i < dicts_.size(); ++i) {
     hypers_.push_back(reader_.read(dicts_[i], groups_[i].name, rates));
-    if (hypers_[i].state_dtype == groups_[i].state) continue;
-    throw py::value_error(groups_[i].name +
-                          "['state_dtype'] was changed, but how moments are stored is fixed when a "
-                          "group is made. Make a new optimizer with it, and let that one load the "
-                          "state_dict() of this one.");
+    if (hypers_[i].state_dtype != groups_[i].state) refuse_state_dtype(i);
   }
 }
 

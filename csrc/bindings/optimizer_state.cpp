@@ -74,6 +74,7 @@ py::dict Optimizer::state(size_t index) const {
     const py::object& array = arrays[info.stream];
     if (!array || is_scale(info.stream)) continue;
     const DType stored = dtype_of(info.stream, storage);
+    if (is_in_blocks(stored) && !arrays[scale_of(info.stream)]) continue;
     state[info.name] = is_coded(stored)
                            ? numbers_of(param, stored, array, arrays[scale_of(info.stream)])
                            : fresh_view(array);

@@ -75,6 +75,9 @@ class Rates {
   std::vector<std::pair<py::object, double>> asked_;
 };
 
+// "bfloat16", "float8"; null for kFull.
+const char* state_dtype_name(HyperParameters::StateDType state);
+
 // The rates of groups, which have these names, in the next step after so many. Checked.
 std::vector<double> learning_rates(const std::vector<py::dict>& groups,
                                    const std::vector<std::string>& names, int64_t steps);
@@ -85,6 +88,9 @@ std::vector<double> learning_rates(const std::vector<py::dict>& groups,
 class OptionReader {
  public:
   OptionReader();
+  // Whether the group says so, or nothing.
+  bool has_state_dtype(const py::dict& group, const std::string& where,
+                       HyperParameters::StateDType state) const;
   HyperParameters read(const py::dict& group, const std::string& where, Rates& rates) const;
   // Those that the arguments of a step give in the place of those of all groups. A clip replaces
   // the group's, of either kind; infinity is none.

@@ -193,38 +193,34 @@ class BlockCoder {
   F largest_ = F::broadcast(0.0f);
 };
 
+// Without a largest second moment: options.cpp refuses amsgrad, and says why.
 template <class F, class Form>
 class Float8Moments {
  public:
   static constexpr bool exact = false;
   static constexpr int kUnit = kBlock;
   struct Scratch {
-    alignas(64) float m[2 * kBlock], v[2 * kBlock], v_max[2 * kBlock];
+    alignas(64) float m[2 * kBlock], v[2 * kBlock];
   };
-  Float8Moments(const Streams& streams, const CodedStep& step, Form form, Scratch& scratch)
+  Float8Moments(const Streams& streams, const CodedStep& step, Form, Scratch& scratch)
       : m_(stream<uint8_t>(streams, kExpAvg), stream<uint8_t>(streams, kExpAvgScale),
            step.dithers[0], scratch.m),
         v_(stream<uint8_t>(streams, kExpAvgSq), stream<uint8_t>(streams, kExpAvgSqScale),
            step.dithers[1], scratch.v),
-        v_max_(stream<uint8_t>(streams, kMaxExpAvgSq), stream<uint8_t>(streams, kMaxExpAvgSqScale),
-               step.dithers[2], scratch.v_max),
-        first_(step.first),
-        form_(form) {}
+        first_(step.first) {}
 
   FUSED_ADAM_INLINE Moments<F> load(int64_t i) {
     if ((i & (kBlock - 1)) == 0) {
       if (i > 0) finish(i - kBlock);
       m_.begin(i);
       v_.begin(i);
-      if (form_.amsgrad) v_max_.begin(i);
     }
     const F v = v_.load(i);
-    return {m_.load(i), v, form_.amsgrad ? v_max_.load(i) : v};
+    return {m_.load(i), v, v};
   }
   FUSED_ADAM_INLINE void store(int64_t i, const Moments<F>& x) {
     m_.keep(i, x.exp_avg);
     v_.keep(i, x.exp_avg_sq);
-    if (form_.amsgrad) v_max_.keep(i, x.max_exp_avg_sq);
     const bool group_ends = ((i + F::width) & (F::codes_at_once - 1)) == 0;
     if (group_ends && i >= kBlock) encode(i + F::width - F::codes_at_once - kBlock);
   }
@@ -232,25 +228,21 @@ class Float8Moments {
     const int64_t i = count - kBlock;
     m_.end(i, first_ + i);
     v_.end(i, first_ + i);
-    if (form_.amsgrad) v_max_.end(i, first_ + i);
   }
 
  private:
   FUSED_ADAM_INLINE void finish(int64_t i) {
     m_.finish(i, first_ + i);
     v_.finish(i, first_ + i);
-    if (form_.amsgrad) v_max_.finish(i, first_ + i);
   }
   FUSED_ADAM_INLINE void encode(int64_t i) {
     m_.encode(i);
     v_.encode(i);
-    if (form_.amsgrad) v_max_.encode(i);
   }
 
   BlockCoder<F, E4M3<F>> m_;
-  BlockCoder<F, E5M3<F>> v_, v_max_;
+  BlockCoder<F, E5M3<F>> v_;
   const int64_t first_;
-  const Form form_;
 };
 
 // Of whole units, at least one.
@@ -293,6 +285,7 @@ template <int unit>
 class Rest {
  public:
   Rest(const Streams& streams, int64_t first, int64_t count, const CodedStep& step) {
+    static_assert(kStreams == kExpAvgSqScale + 1, "a stream that is not copied here");
     for (int i = 0; i < kStreams; ++i) {
       const auto which = static_cast<Stream>(i);
       const int size = size_in(step, which);
@@ -327,8 +320,6 @@ class Rest {
       case kExpAvgScale:
       case kExpAvgSqScale:
         return moment_size == 1 ? 1 : 0;
-      case kMaxExpAvgSqScale:
-        return step.amsgrad && moment_size == 1 ? 1 : 0;
       default:
         return 0;
     }

@@ -35,7 +35,7 @@ struct Net {
   // Beyond the end of a block, so that a vector can be read at any element.
   alignas(64) uint32_t at[kBlock + 16] = {};
   constexpr Net() {
-    for (uint32_t i = 0; i < kBlock + 16; ++i) at[i] = reversed(i % kBlock) >> (32 - bits);
+    for (uint32_t i = 0; i < kBlock + 16; ++i) at[i] = net_of(i % kBlock) >> (32 - bits);
   }
 };
 constexpr Net<16> kNet16;

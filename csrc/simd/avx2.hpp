@@ -159,7 +159,10 @@ inline void store_float16(uint16_t* p, F32x8 a, const uint32_t* net, F32x8::Word
   const __m256i finite = _mm256_min_epu32(normal, _mm256_set1_epi32(0x7C00));
   const __m256 units = _mm256_mul_ps(_mm256_castsi256_ps(size), _mm256_set1_ps(0x1p24f));
   const __m256 more = _mm256_mul_ps(_mm256_cvtepi32_ps(added), _mm256_set1_ps(0x1p-16f));
-  const __m256i subnormal = _mm256_cvttps_epi32(_mm256_add_ps(units, more));
+  const __m256i whole = _mm256_cvttps_epi32(units);
+  const __m256 rest = _mm256_sub_ps(units, _mm256_cvtepi32_ps(whole));
+  const __m256i carry = _mm256_cvttps_epi32(_mm256_add_ps(rest, more));
+  const __m256i subnormal = _mm256_add_epi32(whole, carry);
   const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), size);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i number = _mm256_blendv_epi8(finite, subnormal, small);

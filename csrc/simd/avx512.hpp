@@ -156,7 +156,10 @@ inline void store_float16(uint16_t* p, F32x16 a, const uint32_t* net, F32x16::Wo
   const __m512 units = _mm512_mul_ps(_mm512_castsi512_ps(size), _mm512_set1_ps(0x1p24f));
   const __m512 more = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(all, added), _mm512_set1_ps(0x1p-16f));
   const __mmask16 small = _mm512_cmp_epu32_mask(size, _mm512_set1_epi32(0x38800000), _MM_CMPINT_LT);
-  const __m512i number = _mm512_mask_cvttps_epi32(finite, small, _mm512_add_ps(units, more));
+  const __m512i whole = _mm512_maskz_cvttps_epi32(small, units);
+  const __m512 rest = _mm512_sub_ps(units, _mm512_maskz_cvtepi32_ps(all, whole));
+  const __m512i carry = _mm512_maskz_cvttps_epi32(small, _mm512_add_ps(rest, more));
+  const __m512i number = _mm512_mask_add_epi32(finite, small, whole, carry);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i coded = _mm512_mask_mov_epi32(number, nan, _mm512_set1_epi32(0x7E00));
   const __m512i sign =

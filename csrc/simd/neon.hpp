@@ -136,7 +136,9 @@ inline void store_float16(uint16_t* p, F32x4 a, const uint32_t* net, F32x4::Word
   const uint32x4_t finite = vminq_u32(normal, vdupq_n_u32(0x7C00));
   const float32x4_t units = vmulq_f32(vreinterpretq_f32_u32(size), vdupq_n_f32(0x1p24f));
   const float32x4_t more = vmulq_f32(vcvtq_f32_u32(added), vdupq_n_f32(0x1p-16f));
-  const uint32x4_t subnormal = vcvtq_u32_f32(vaddq_f32(units, more));
+  const uint32x4_t whole = vcvtq_u32_f32(units);
+  const float32x4_t rest = vsubq_f32(units, vcvtq_f32_u32(whole));
+  const uint32x4_t subnormal = vaddq_u32(whole, vcvtq_u32_f32(vaddq_f32(rest, more)));
   const uint32x4_t number = vbslq_u32(vcltq_u32(size, vdupq_n_u32(0x38800000)), subnormal, finite);
   const uint32x4_t coded = vbslq_u32(vceqq_f32(a.v, a.v), number, vdupq_n_u32(0x7E00));
   vst1_u16(p, vorr_u16(vmovn_u32(coded),

@@ -102,7 +102,9 @@ inline void store_float16(uint16_t* p, F32x1 a, const uint32_t* net, uint32_t wo
     coded = size > 0x7F800000 ? 0x7E00 : coded > 0x7C00 ? 0x7C00 : coded;
   } else {  // in units of the last bit of subnormal numbers, cut off
     const float units = float_of(size) * 0x1p24f, more = static_cast<float>(added) * 0x1p-16f;
-    coded = static_cast<uint32_t>(units + more);
+    const auto whole =
+        static_cast<uint32_t>(units);  // apart, or their sum would be rounded up to 1
+    coded = whole + static_cast<uint32_t>((units - static_cast<float>(whole)) + more);
   }
   *p = static_cast<uint16_t>(sign | coded);
 }

@@ -199,7 +199,7 @@ def load_state_dict(
         where = f"state_dict['param_groups'][{i}]"
         ids += _read_ids(saved, len(group["params"]), names[i], where)
         try:
-            fixed = {**fixed_options, "state_dtype": group["state_dtype"]}
+            fixed = {**fixed_options, "state_dtype": core.state_dtypes[i]}
             new_options.append(taken_over(group, saved, required, keep_lr, fixed))
         except LookupError as problem:
             _require(False, f"{where} {problem.args[0]}. Give this optimizer one, or pass keep_lr=True")

@@ -166,6 +166,7 @@ def _load(
     count = len(core)
     found = _present(saved, count)
     present = {name: found[name] for name in STATE if name in found}  # the order that the file has
+    _require_scales(present, core.state_dtypes, groups)
     streams: dict[str, Sequence[Array | None]] = {}
     for name, arrays in core.streams(present).items():
         of_param = dict(zip(present[name], arrays, strict=True))
@@ -224,6 +225,20 @@ def _present(saved: Header, count: int) -> dict[str, list[int]]:
         else:
             present[name] = list(range(count))
     return present
+
+
+def _require_scales(
+    present: Mapping[str, list[int]], state_dtypes: list[str | None], groups: list[dict[str, Any]]
+) -> None:
+    """Moments in blocks are nothing without the exponents of these, nor these without them."""
+    of_param = [kind for kind, group in zip(state_dtypes, groups, strict=True) for _ in group["params"]]
+    in_blocks = {i for i, kind in enumerate(of_param) if kind == "float8"}
+    for name in present:
+        if f"{name}_scale" in _PER_ENTRY:
+            wanted = in_blocks & set(present[name])
+            require(set(present.get(f"{name}_scale", ())) == wanted, f"its {name} has no scales. {DAMAGED}")
+        elif name.endswith("_scale"):
+            require(name.removesuffix("_scale") in present, f"its {name} is of no moments. {DAMAGED}")
 
 
 # --- Arrays and bytes: those of the file are little-endian, in C order --------------------------------

@@ -41,7 +41,6 @@ def adam_step(
     master_param: npt.NDArray[Any] | None = None,
     exp_avg_scale: npt.NDArray[np.uint8] | None = None,
     exp_avg_sq_scale: npt.NDArray[np.uint8] | None = None,
-    max_exp_avg_sq_scale: npt.NDArray[np.uint8] | None = None,
     grad_scale: float | None = None,
     zero_grad: bool = False,
     allow_mixed: bool = False,
@@ -76,7 +75,7 @@ def adam_step(
         Like `exp_avg`, and a copy of `param` before the first step; needed for `ema_decay`.
     master_param : numpy.ndarray, optional
         Likewise; needed for `master_weights` where `param` is of 16 bits.
-    exp_avg_scale, exp_avg_sq_scale, max_exp_avg_sq_scale : numpy.ndarray, optional
+    exp_avg_scale, exp_avg_sq_scale : numpy.ndarray, optional
         The exponents of blocks of 128 codes, in uint8, of shape ``(ceil(param.size / 128),)``, zeros before
         the first step; needed for "float8".
     grad_scale : float, optional
