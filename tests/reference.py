@@ -262,11 +262,13 @@ def u32(x):
 
 
 def hash32(x):
+    # In uint64, and with constants of that type: before NumPy 2, an integer beside a scalar made it int64.
+    u64 = np.uint64
+    x = np.asarray(x).astype(u64)
     with np.errstate(over="ignore"):
-        x = u32(x)
-        x = (x ^ x >> 16) * np.uint32(0x85EBCA6B)
-        x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
-        return x ^ x >> 16
+        x = (x ^ x >> u64(16)) * u64(0x85EBCA6B) & u64(0xFFFFFFFF)
+        x = (x ^ x >> u64(13)) * u64(0xC2B2AE35) & u64(0xFFFFFFFF)
+    return u32(x ^ x >> u64(16))
 
 
 def net_of(i):
@@ -333,7 +335,7 @@ def base_of(exponents, signed):
 def decoded_moment(moment, signed):
     codes, exponents = moment
     if exponents is None:
-        return (codes.astype(np.uint32) << 16).view(np.float32)
+        return u32(codes.astype(np.int64) << 16).view(np.float32)
     base, codes = base_of(exponents, signed)[: codes.size], codes.astype(np.int64)
     if not signed:
         return u32((codes << 20) + base).view(np.float32)
